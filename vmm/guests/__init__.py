@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The project's own guest kernels: small multiboot images, built from `src/` by `build.py`.
+
+=======  ==========================================================================================
+idle     sleeps in HLT, one-shot timer; prints `idle: tick N`                     ms=1000 ticks=0
+primes   processor-bound; prints `primes: COUNT below LIMIT`                      limit=20000 loop
+triple   triple-faults with its second instruction
+=======  ==========================================================================================
+
+All but `triple` print on COM1 and end with status 0 at the debug-exit port (0xf4).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The kernels there are, sorted."""
+    return sorted(image.stem for image in _HERE.glob("*.elf"))
+
+
+def path(name: str) -> Path:
+    """Where the kernel `name` is.  Raises KeyError for an unknown one."""
+    if name not in names():
+        raise KeyError(f"no guest kernel {name!r}; there are {', '.join(names())}")
+    return _HERE / f"{name}.elf"
+
+
+def read(name: str) -> bytes:
+    """The image of the kernel `name`."""
+    return path(name).read_bytes()

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build the guest kernels from `src/` with gcc and binutils: `python -m vmm.guests.build [DIRECTORY]`.
+
+The images are reproducible: the same toolchain gives the same bytes.  Which toolchain made the images in
+the tree is recorded beside them, in `TOOLCHAIN`, so that a test knows whether to expect equal bytes.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE / "src"
+TOOLCHAIN = HERE / "TOOLCHAIN"
+
+_COMMON = ("start.S", "console.c", "options.c")
+_TRAPS = ("trap.S", "trap.c")
+
+#: kernel name -> its source files
+KERNELS: dict[str, tuple[str, ...]] = {
+    "idle": (*_COMMON, *_TRAPS, "idle.c"),
+    "primes": (*_COMMON, "primes.c"),
+    "triple": ("triple.S",),
+}
+
+_FLAGS = (
+    "-m32 -march=i686 -mno-sse -mno-mmx -std=gnu11 -Os -Wall -Wextra -Werror -ffreestanding -fno-builtin"
+    " -fno-pic -no-pie"
+    " -fno-stack-protector -fno-asynchronous-unwind-tables -fcf-protection=none -static -nostdlib"
+    " -Wl,--build-id=none -Wl,--nmagic -Wl,-z,noexecstack -Wl,-z,norelro -Wl,--strip-all"
+).split()
+
+
+def toolchain() -> str:
+    """The compiler and linker that `build` would use, one version line each."""
+    tools = (["gcc", "--version"], ["ld", "--version"])
+    lines = (subprocess.run(tool, capture_output=True, text=True, check=True).stdout for tool in tools)
+    return "".join(line.splitlines()[0] + "\n" for line in lines)
+
+
+def build(name: str, directory: Path) -> Path:
+    """Compile one kernel into `directory`.  Raises CalledProcessError with gcc's words on stderr."""
+    image = directory / f"{name}.elf"
+    subprocess.run(
+        ["gcc", *_FLAGS, "-T", "guest.ld", *KERNELS[name], "-o", str(image.absolute())],
+        cwd=SOURCES,
+        check=True,
+    )
+    return image
+
+
+def main(arguments: list[str]) -> None:
+    """Build every kernel; without a directory, replace the images in the tree and record the toolchain."""
+    directory = Path(arguments[0]) if arguments else HERE
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        for name in KERNELS:
+            image = build(name, Path(scratch))
+            image.chmod(0o644)
+            image.replace(directory / image.name)
+    if directory == HERE:
+        TOOLCHAIN.write_text(toolchain())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

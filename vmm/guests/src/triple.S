@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later
+ *
+ * triple: faults with an empty IDT.  #UD cannot be delivered, nor the #GP of that, nor the double fault.
+ */
+#include "layout.h"
+
+    .section .multiboot, "a"
+    .align 4
+    .long MULTIBOOT_MAGIC
+    .long MULTIBOOT_FLAGS
+    .long -(MULTIBOOT_MAGIC + MULTIBOOT_FLAGS)
+
+    .text
+    .globl _start
+_start:
+    lidt    no_idt
+    ud2
+
+    .align 4
+no_idt:
+    .word 0
+    .long 0
