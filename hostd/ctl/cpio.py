@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A writer of `newc` cpio archives, the format of a Linux initramfs (Documentation/driver-api/early-userspace).
+"""A writer of `newc` cpio archives, the format of a Linux initramfs (early-userspace in its documentation).
 
 Everything belongs to root and carries no time stamp, so the same content gives the same bytes; device nodes
 need no privilege, since they are only names here.
@@ -50,7 +50,7 @@ class CpioArchive:
 
 
 def _record(inode: int, path: str, mode: int, data: bytes, rdev: tuple[int, int]) -> bytes:
-    """One member: a header of thirteen 8-digit hexadecimal fields, the name and the data, each padded to 4."""
+    """One member: a header of 13 eight-digit hexadecimal fields, the name and the data, padded to 4."""
     name = path.encode() + b"\0"
     links = 2 if stat.S_ISDIR(mode) else 1
     fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, *rdev, len(name), 0)

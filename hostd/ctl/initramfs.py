@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The initramfs of the `debian` image: a static busybox, an /init that says INIT-UP, and a few kernel modules.
+"""The initramfs of the `debian` image: static busybox, an /init that says INIT-UP, a few kernel modules.
 
-It is left uncompressed: unpacking is then a copy, which a guest on emulated silicon does many times faster than
-inflating, and the pages are given back to the guest once unpacked.
+It is left uncompressed: unpacking is then a copy, which a guest on emulated silicon does many times faster
+than inflating, and the pages are given back to the guest once unpacked.
 """
 
 import lzma
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import zstandard
@@ -32,8 +33,8 @@ echo "uptime: $uptime s"
 exec /sbin/init
 """
 
-# `modules` is a word the kernel does not know, so it is handed to the first process as an environment variable,
-# and busybox init hands it on.
+# `modules` is a word the kernel does not know, so it is handed to the first process as an environment
+# variable, and busybox init hands it on.
 START = """\
 #!/bin/sh
 mkdir -p /dev/pts
@@ -59,7 +60,7 @@ ttyS0::respawn:/bin/sh
 POWER_BUTTON = "#!/bin/sh\nexec poweroff -f\n"
 
 _RECIPE = (INIT, START, INITTAB, POWER_BUTTON, *OPTIONAL_MODULES, *BUTTON_MODULES)
-_DECOMPRESSORS = {
+_DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     ".ko": bytes,
     ".ko.xz": lzma.decompress,
     ".ko.zst": lambda data: zstandard.ZstdDecompressor().decompressobj().decompress(data),
@@ -106,8 +107,8 @@ def _applets(busybox: Path) -> list[str]:
 
 
 def _add_modules(archive: CpioArchive, tree: Path) -> None:
-    """Put in the modules of the lists above that this kernel has as modules, each with a file that names it and
-    what it needs in the order of loading (`depends=` of the module's own .modinfo section)."""
+    """Put in the modules of the lists above that this kernel has as modules, each with a file that names
+    what it needs and it in the order of loading (`depends=` of the module's own .modinfo section)."""
     found = {_module_name(path): path for path in sorted(tree.rglob("*.ko*"))}
     loaded: dict[str, bytes] = {}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`hostctl image pull debian`: Debian's own cloud kernel and static busybox, by apt, made into a bootable image.
+"""`hostctl image pull debian`: Debian's cloud kernel and static busybox, by apt, made into a bootable image.
 
-Nothing here needs root or a daemon: `apt-get download` fetches the packages apt would install into a directory
-of ours, they are unpacked there, and the finished kernel and initramfs are kept in the user's cache under the
-versions of both packages.
+Nothing here needs root or a daemon: `apt-get download` fetches the packages apt would install into a
+directory of ours, they are unpacked there, and the finished kernel and initramfs are kept in the user's cache
+under the versions of both packages.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ from hostd.ctl import initramfs
 META_PACKAGE = "linux-image-cloud-amd64"
 BUSYBOX_PACKAGE = "busybox-static"
 
-# Every word earns its place: the console; the host's clock is trusted (no watchdog against it); no time spent on
-# hiding addresses or on speculation that emulated silicon does not do; entropy is not waited for; a panic ends
-# the guest at once, and a reset is the triple fault; only one serial port is probed, and it alone is talked to.
+# Every word earns its place: the console; the host's clock is trusted (no watchdog against it); no time is
+# spent on hiding addresses or on speculation that emulated silicon does not do; RDRAND is not asked; a panic
+# ends the guest at once, and a reset is the triple fault; only one serial port is probed.
 APPEND = (
     "console=ttyS0 tsc=reliable nokaslr mitigations=off random.trust_cpu=off panic=-1 reboot=t "
     "no_timer_check 8250.nr_uarts=1 quiet"
@@ -81,7 +81,7 @@ class _Package:
 
 
 def _resolve() -> tuple[_Package, _Package]:
-    """The kernel package the meta package stands for today, and busybox, at the versions apt would install."""
+    """The kernel package the meta package stands for, and busybox, at the versions apt would install."""
     shown = _run(["apt-cache", "show", "--no-all-versions", META_PACKAGE, BUSYBOX_PACKAGE], check=False)
     fields = {
         stanza["Package"]: stanza
@@ -91,7 +91,7 @@ def _resolve() -> tuple[_Package, _Package]:
     for name in (META_PACKAGE, BUSYBOX_PACKAGE):
         if name not in fields:
             raise PullError(
-                f"apt knows no package {name}: run 'apt-get update' as root first (Debian's main archive is needed)"
+                f"apt knows no package {name}: run 'apt-get update' as root first, on a Debian system"
             )
     match = re.search(r"(linux-image-[\w.+~-]+) \(= ([^)]+)\)", fields[META_PACKAGE].get("Depends", ""))
     if match is None:
@@ -149,6 +149,7 @@ def _run(command: Sequence[str], cwd: Path | None = None, check: bool = True) ->
     except FileNotFoundError:
         raise PullError(f"this needs Debian's {command[0]}, which is not installed here") from None
     if check and done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
-        raise PullError(f"{command[0]} failed: {lines[-1].removeprefix('E: ') if lines else 'no reason given'}")
+        said = done.stderr.splitlines() or ["no reason given"]
+        reason = next((line for line in said if line.startswith("E:")), said[-1]).removeprefix("E: ")
+        raise PullError(f"{command[0]} failed: {reason}")
     return done.stdout
