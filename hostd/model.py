@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The values the host takes and gives: requests are checked here, views are what the API prints.
+
+Every limit of a request is a `msgspec.Meta` constraint on its type, so that the HTTP API, its OpenAPI
+document and the inventory files obey the same ones.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from hostd.lifecycle import Policy, State
+
+PAGE = 4096
+MIN_MEMORY = 1 << 20
+#: guest RAM stays below the devices at 0xFE000000 and the 32-bit hole (vmm/boot/e820.py)
+MAX_MEMORY = 3 << 30
+
+VmName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]*\Z",
+                             description="1-63 characters of a-z 0-9 . -, starting with a letter or digit")]
+ImageName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="SHA-256 of a blob, in hexadecimal")]
+#: the boot protocol's limit (Documentation/x86/boot.rst, cmdline_size), printable characters only
+Append = Annotated[str, Meta(max_length=2047, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+Memory = Annotated[int, Meta(ge=MIN_MEMORY, le=MAX_MEMORY, description="bytes, a multiple of 4096")]
+Weight = Annotated[int, Meta(ge=1, le=10000)]
+Cap = Annotated[int, Meta(ge=0, le=100, description="percent of one CPU; 0 = no cap")]
+Timeout = Annotated[float, Meta(ge=0, le=86400, description="seconds")]
+
+DEFAULT_MEMORY = 128 << 20
+
+
+class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """A value that comes from outside."""
+
+
+class VmSpec(Request):
+    """A VM as its owner defines it.  What is None is filled from the configuration's [defaults]."""
+
+    name: VmName
+    image: ImageName | None = None
+    kernel: Sha256 | None = None
+    initrd: Sha256 | None = None
+    append: Append | None = None
+    memory: Memory | None = None
+    vmm: Literal["hw"] = "hw"
+    weight: Weight | None = None
+    cap: Cap | None = None
+    on_crash: Policy | None = None
+    on_poweroff: Policy | None = None
+    autostart: bool = False
+
+
+class VmCreate(VmSpec):
+    """POST /vms: the definition, and whether to start it at once."""
+
+    start: bool = False
+
+
+class VmPatch(Request):
+    """PATCH /vms/{name}: what may change in the life of a VM."""
+
+    weight: Weight | None = None
+    cap: Cap | None = None
+    on_crash: Policy | None = None
+    on_poweroff: Policy | None = None
+    autostart: bool | None = None
+
+
+class StopRequest(Request):
+    """Body of POST /vms/{name}/stop (and reset): `force` cuts the power at once, `timeout` is how long the
+    guest may take after the power button before it is cut."""
+
+    force: bool = False
+    timeout: Timeout | None = None
+
+
+class CloneRequest(Request):
+    """Body of POST /vms/{name}/clone."""
+
+    names: Annotated[list[VmName], Meta(min_length=1, max_length=1000)]
+    start: bool = False
+
+
+class ImageSpec(Request):
+    """A named kernel with its initrd and command line."""
+
+    name: ImageName
+    kernel: Sha256
+    initrd: Sha256 | None = None
+    append: Append = ""
+
+
+class View(msgspec.Struct, kw_only=True, frozen=True):
+    """A value that goes out."""
+
+
+class BlobView(View):
+    sha256: str
+    size: int
+
+
+class ImageView(View):
+    name: str
+    kernel: str
+    initrd: str | None
+    append: str
+    kind: str
+    size: int
+    created: float
+
+
+class CpuTimes(View):
+    """Seconds of a vCPU's life since the VM was defined: executing, ready but waiting (steal), halted."""
+
+    run: float = 0.0
+    wait: float = 0.0
+    sleep: float = 0.0
+
+
+class MemoryUsage(View):
+    """Bytes.  assigned: what the guest believes to have; resident: what it touched = private + shared."""
+
+    assigned: int = 0
+    resident: int = 0
+    shared: int = 0
+    private: int = 0
+
+
+class ExitRow(View):
+    """One line of the exit statistics."""
+
+    code: int
+    name: str
+    count: int
+    seconds: float
+
+
+class VmView(View):
+    name: str
+    state: State
+    reason: str
+    vmm: str
+    memory: int
+    weight: int
+    cap: int
+    on_crash: Policy
+    on_poweroff: Policy
+    autostart: bool
+    image: str | None
+    kernel: str | None
+    initrd: str | None
+    append: str | None
+    template: str | None
+    worker: int | None
+    uptime_s: float
+    exit_status: int | None
+    cpu: CpuTimes
+    memory_usage: MemoryUsage
+    exits: int
+    interrupts: int
+    world_switches: int
+    boots: int
+    crashes: int
+
+
+class WorkerView(View):
+    index: int
+    pid: int
+    ready: bool
+    vms: int
+    silicon: str
+    tsc_khz: int
+    restarts: int
+
+
+class FrameCounts(View):
+    """Frames of the machine memory pool by state; they add up to `total`."""
+
+    total: int
+    free: int
+    granted: int
+    private: int
+    shared: int
+    overhead: int
+
+
+class HostView(View):
+    version: str
+    pid: int
+    uptime_s: float
+    state_dir: str
+    socket: str
+    metrics: str | None
+    memory: int
+    frames: FrameCounts
+    workers: list[WorkerView]
+    vms: dict[str, int]
+
+
+class OperationView(View):
+    id: str
+    kind: str
+    target: str
+    status: Literal["running", "done", "failed", "cancelled"]
+    progress: float
+    phase: str
+    error: str | None
+    created: float
+    finished: float | None
+    result: Any
+
+
+class Event(View):
+    """One line of GET /events.  `type` is "vm.defined", "vm.state", "vm.destroyed", "vm.moved",
+    "operation", "worker", "config" or "lost" (this reader was too slow, `data.count` events are missing)."""
+
+    type: str
+    time: float
+    vm: str | None = None
+    data: dict[str, Any] = msgspec.field(default_factory=dict)

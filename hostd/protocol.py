@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the daemon and a worker say to each other.
+
+Messages are tagged MessagePack maps, each preceded by its length (u32, little endian), on a Unix stream
+socket the worker inherits.  A stream keeps order, and that order is the protocol: a guest is with a worker
+from `Adopt` until the worker's `Stopped`, `Released` or `Refused`, and nothing about it is sent outside that
+time.  `vm` is a number the daemon gives to one boot of one VM and never uses again, so a message about a past
+life of a VM cannot be mistaken for one about the present.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, Generic, Literal, TypeVar
+
+import msgspec
+
+LENGTH = struct.Struct("<I")
+#: no message comes near this (a machine state is tens of KiB, console and input pieces are bounded)
+MAX_MESSAGE = 16 << 20
+#: the largest piece of console input or output in one message
+MAX_CHUNK = 64 << 10
+
+Request = Literal["adopt", "release"]
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """The base of all messages."""
+
+
+# --- daemon to worker ---------------------------------------------------------------------------------------
+
+class Adopt(Message):
+    """Run this guest from `state` on; its block is at `base_frame` in the pool.  Answer: Adopted or
+    Refused."""
+
+    vm: int
+    name: str
+    base_frame: int
+    memory_bytes: int
+    state: bytes
+    weight: int
+    cap: int
+
+
+class Release(Message):
+    """Stop running this guest and forget it.  Answer: Released, or Refused if it is not here any more."""
+
+    vm: int
+
+
+class Input(Message):
+    """Bytes typed at the guest's console."""
+
+    vm: int
+    data: bytes
+
+
+class SetShare(Message):
+    vm: int
+    weight: int
+    cap: int
+
+
+class PowerButton(Message):
+    """Press the ACPI power button."""
+
+    vm: int
+
+
+class Grant(Message):
+    """Frames for the worker's magazine, as (first frame, count); [] when the pool is exhausted."""
+
+    extents: list[tuple[int, int]]
+
+
+class Ping(Message):
+    id: int
+
+
+class Quit(Message):
+    """Stop everything and exit."""
+
+
+# --- worker to daemon ---------------------------------------------------------------------------------------
+
+class Hello(Message):
+    """The first message: the silicon passed its self-test and is ready."""
+
+    pid: int
+    tsc_khz: int
+    silicon: str
+
+
+class Adopted(Message):
+    vm: int
+
+
+class Released(Message):
+    """The guest is no longer here; `state` is its MachineState, captured at host monotonic time `at_ns`."""
+
+    vm: int
+    state: bytes
+    at_ns: int
+
+
+class Refused(Message):
+    """The request about this guest was not carried out, and the guest is not here."""
+
+    vm: int
+    request: Request
+    reason: str
+
+
+class Stopped(Message):
+    """The guest ended by itself and is no longer here.  `status` is the debug-exit port's."""
+
+    vm: int
+    why: Literal["poweroff", "reset", "crashed", "exit"]
+    detail: str
+    status: int | None
+
+
+class Console(Message):
+    """Bytes the guest wrote to its console."""
+
+    vm: int
+    data: bytes
+
+
+class NeedFrames(Message):
+    """The magazine is low: `count` more frames are wanted."""
+
+    count: int
+
+
+class Dropped(Message):
+    """Shared frames that copy-on-write breaks let go, one reference each."""
+
+    frames: list[int]
+
+
+class Pong(Message):
+    """The worker is alive.  `wakeups` counts wake-up latencies by `hostd.scheduler`'s buckets, `wakeup_ns` is
+    their sum; both since the worker started."""
+
+    id: int
+    wakeups: list[int]
+    wakeup_ns: int
+
+
+ToWorker = Adopt | Release | Input | SetShare | PowerButton | Grant | Ping | Quit
+ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | NeedFrames | Dropped | Pong)
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class ProtocolError(Exception):
+    """The other side sent something that is not a message."""
+
+
+def encode(message: Message) -> bytes:
+    """The message as it goes on the wire."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+Received = TypeVar("Received")
+
+
+class Splitter(Generic[Received]):
+    """Messages out of a stream of bytes: `Splitter[ToWorker](ToWorker)` reads what the daemon sent."""
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Received]:
+        """All messages that `data` completes, in order.  Raises ProtocolError."""
+        buffer = self._buffer
+        buffer += data
+        messages: list[Received] = []
+        start, end = 0, len(buffer)
+        while end - start >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(buffer, start)
+            if length > MAX_MESSAGE:
+                raise ProtocolError(f"a message of {length} bytes")
+            body = start + LENGTH.size
+            if end - body < length:
+                break
+            start = body + length
+            try:
+                messages.append(self._decoder.decode(bytes(buffer[body:start])))
+            except msgspec.MsgspecError as error:
+                raise ProtocolError(f"not a message: {error}") from None
+        del buffer[:start]
+        return messages
