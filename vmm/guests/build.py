@@ -26,12 +26,13 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "triple": ("triple.S",),
 }
 
-_FLAGS = (
-    "-m32 -march=i686 -mno-sse -mno-mmx -std=gnu11 -Os -Wall -Wextra -Werror -ffreestanding -fno-builtin"
-    " -fno-pic -no-pie"
-    " -fno-stack-protector -fno-asynchronous-unwind-tables -fcf-protection=none -static -nostdlib"
-    " -Wl,--build-id=none -Wl,--nmagic -Wl,-z,noexecstack -Wl,-z,norelro -Wl,--strip-all"
-).split()
+_FLAGS = [
+    *("-m32", "-march=i686", "-mno-sse", "-mno-mmx", "-std=gnu11", "-Os"),
+    *("-Wall", "-Wextra", "-Werror", "-Wa,--fatal-warnings"),
+    *("-ffreestanding", "-fno-builtin", "-fno-pic", "-no-pie", "-static", "-nostdlib"),
+    *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
+    *("-Wl,--build-id=none", "-Wl,--nmagic", "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-Wl,--strip-all"),
+]
 
 
 def toolchain() -> str:
