@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Names for the bits of RFLAGS, CR0, CR4, EFER, DR6 and DR7 (APM vol. 2, chapters 3 and 13).
+"""Names for the bits of RFLAGS, CR0, CR4 and EFER, and the form of PAT (APM vol. 2, chapters 3 and 7).
 
 Plain integers, since they are used on every exit.  `*_VALID` are the bits our processor implements;
 the others must be zero.
@@ -85,3 +85,13 @@ MASK64 = (1 << 64) - 1
 def is_canonical(address: int) -> bool:
     """Whether bits 63:47 of a 64-bit linear address are all alike (APM vol. 2, 1.1.3)."""
     return (address + (1 << (LINEAR_BITS - 1))) & MASK64 < 1 << LINEAR_BITS
+
+
+#: PAT at reset: WB, WT, UC-, UC, twice (APM vol. 2, 7.8.1)
+PAT_RESET = 0x0007040600070406
+
+
+def is_valid_pat(value: int) -> bool:
+    """Whether each of the eight fields is a memory type: 0, 1, 4, 5, 6 or 7 (APM vol. 2, table 7-9)."""
+    # the five upper bits of every byte clear, and no field 2 or 3 (bit 1 set, bit 2 clear)
+    return not (value & 0xF8F8F8F8F8F8F8F8 or value >> 1 & ~(value >> 2) & 0x0101010101010101)
