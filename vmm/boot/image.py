@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vmm.boot import flat, multiboot
+from vmm.boot import flat, linux, multiboot
 from vmm.boot.errors import BootError
 from vmm.boot.layout import Layout, Write, put_all
 from vmm.state import CpuState
 
-__all__ = ["APPEND_MAX", "BootError", "BootImage", "load"]
+__all__ = ["APPEND_MAX", "BootError", "BootImage", "load", "unpack"]
 
 #: longest command line, as in Linux on x86
 APPEND_MAX = 2047
@@ -55,15 +55,23 @@ def load(
         raise BootError("the kernel is an empty file")
     if initrd is not None and not initrd:
         raise BootError("the initrd is an empty file")
-    header = multiboot.find_header(kernel)
-    if header:
+    if linux.is_bzimage(kernel):
+        kind, cpu = "bzimage", linux.load(layout, kernel, initrd, command_line, acpi_rsdp)
+    elif header := multiboot.find_header(kernel):
         kind, cpu = "multiboot", multiboot.load(layout, kernel, header, initrd, command_line)
+    elif linux.is_vmlinux(kernel):
+        kind, cpu = "vmlinux", linux.load(layout, kernel, initrd, command_line, acpi_rsdp)
     elif flat.is_flat(kernel):
         kind, cpu = "flat", flat.load(layout, kernel, initrd, command_line)
     else:
         raise BootError("the kernel is of no kind known here: bzImage, ELF, multiboot, or a flat image "
                         "beginning with a boot sector")
     return BootImage(kind, tuple(layout.writes), cpu)
+
+
+def unpack(kernel: bytes) -> bytes:
+    """An equivalent kernel file that `load` need not decompress; `kernel` itself if it is one already."""
+    return linux.unpack(kernel) if linux.is_bzimage(kernel) else kernel
 
 
 def _command_line(append: str) -> bytes:

@@ -55,7 +55,7 @@ class Layout:
         """The same, but only in RAM that the memory map gives to the guest."""
         end = start + max(size, len(data))
         if end > e820.LOW_END and start < e820.HIGH_START:
-            raise BootError(f"{what} at {start:#x}-{end:#x} lies in the hole below 1 MiB, where a PC has none")
+            raise BootError(f"{what} at {start:#x}-{end:#x} lies in the memory hole below 1 MiB")
         self.put(start, data, what, size)
 
     def reserve_low(self, size: int, what: str, align: int = 16) -> int:

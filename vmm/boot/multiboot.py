@@ -55,7 +55,7 @@ def load(layout: Layout, file: bytes, header: Header, initrd: bytes | None, appe
     """Lay out the kernel, the module and the information structure; the state at the kernel's entry."""
     unmet = header.flags & _DEMANDS & ~_DEMANDS_MET
     if unmet:
-        raise BootError(f"the multiboot kernel demands what this machine has not, such as video (flags {unmet:#x})")
+        raise BootError(f"the multiboot kernel demands what is not here, such as video (flags {unmet:#x})")
     if header.flags & _ADDRESS_FIELDS:
         start = _load_addressed(layout, file, header)
     else:
@@ -85,8 +85,8 @@ def _load_addressed(layout: Layout, file: bytes, header: Header) -> int:
     file_start = header.offset - (header_at - load)
     file_end = file_start + load_end - load if load_end else len(file)
     if load > header_at or file_start < 0 or not file_start < file_end <= len(file):
-        raise BootError(f"the multiboot kernel is truncated or corrupt: its header asks for bytes {file_start} "
-                        f"to {file_end} of a file of {len(file)}")
+        raise BootError("the multiboot kernel is truncated or corrupt: its header asks for bytes "
+                        f"{file_start} to {file_end} of a file of {len(file)}")
     data = memoryview(file)[file_start:file_end]
     size = max(len(data), bss_end - load)
     if not load <= start < load + size:
