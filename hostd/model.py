@@ -98,12 +98,12 @@ class View(msgspec.Struct, kw_only=True, frozen=True):
     """A value that goes out."""
 
 
-class BlobView(View):
+class BlobView(View, frozen=True):
     sha256: str
     size: int
 
 
-class ImageView(View):
+class ImageView(View, frozen=True):
     name: str
     kernel: str
     initrd: str | None
@@ -113,7 +113,7 @@ class ImageView(View):
     created: float
 
 
-class CpuTimes(View):
+class CpuTimes(View, frozen=True):
     """Seconds of a vCPU's life since the VM was defined: executing, ready but waiting (steal), halted."""
 
     run: float = 0.0
@@ -121,7 +121,7 @@ class CpuTimes(View):
     sleep: float = 0.0
 
 
-class MemoryUsage(View):
+class MemoryUsage(View, frozen=True):
     """Bytes.  assigned: what the guest believes to have; resident: what it touched = private + shared."""
 
     assigned: int = 0
@@ -130,7 +130,7 @@ class MemoryUsage(View):
     private: int = 0
 
 
-class ExitRow(View):
+class ExitRow(View, frozen=True):
     """One line of the exit statistics."""
 
     code: int
@@ -139,7 +139,7 @@ class ExitRow(View):
     seconds: float
 
 
-class VmView(View):
+class VmView(View, frozen=True):
     name: str
     state: State
     reason: str
@@ -167,7 +167,7 @@ class VmView(View):
     crashes: int
 
 
-class WorkerView(View):
+class WorkerView(View, frozen=True):
     index: int
     pid: int
     ready: bool
@@ -177,7 +177,7 @@ class WorkerView(View):
     restarts: int
 
 
-class FrameCounts(View):
+class FrameCounts(View, frozen=True):
     """Frames of the machine memory pool by state; they add up to `total`."""
 
     total: int
@@ -188,7 +188,7 @@ class FrameCounts(View):
     overhead: int
 
 
-class HostView(View):
+class HostView(View, frozen=True):
     version: str
     pid: int
     uptime_s: float
@@ -201,7 +201,7 @@ class HostView(View):
     vms: dict[str, int]
 
 
-class OperationView(View):
+class OperationView(View, frozen=True):
     id: str
     kind: str
     target: str
@@ -214,7 +214,7 @@ class OperationView(View):
     result: Any
 
 
-class Event(View):
+class Event(View, frozen=True):
     """One line of GET /events.  `type` is "vm.defined", "vm.state", "vm.destroyed", "vm.moved",
     "operation", "worker", "config" or "lost" (this reader was too slow, `data.count` events are missing)."""
 
@@ -222,3 +222,24 @@ class Event(View):
     time: float
     vm: str | None = None
     data: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A VM as the inventory keeps it: a VmSpec with every default filled in."""
+
+    name: VmName
+    memory: Memory
+    weight: Weight
+    cap: Cap
+    on_crash: Policy
+    on_poweroff: Policy
+    vmm: Literal["hw"] = "hw"
+    autostart: bool = False
+    image: ImageName | None = None
+    kernel: Sha256 | None = None
+    initrd: Sha256 | None = None
+    #: None: the image's own command line
+    append: Append | None = None
+    #: the VM it was cloned from
+    template: str | None = None
+    created: float = 0.0

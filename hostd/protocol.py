@@ -30,7 +30,7 @@ class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 # --- daemon to worker ---------------------------------------------------------------------------------------
 
-class Adopt(Message):
+class Adopt(Message, frozen=True):
     """Run this guest from `state` on; its block is at `base_frame` in the pool.  Answer: Adopted or
     Refused."""
 
@@ -43,48 +43,48 @@ class Adopt(Message):
     cap: int
 
 
-class Release(Message):
+class Release(Message, frozen=True):
     """Stop running this guest and forget it.  Answer: Released, or Refused if it is not here any more."""
 
     vm: int
 
 
-class Input(Message):
+class Input(Message, frozen=True):
     """Bytes typed at the guest's console."""
 
     vm: int
     data: bytes
 
 
-class SetShare(Message):
+class SetShare(Message, frozen=True):
     vm: int
     weight: int
     cap: int
 
 
-class PowerButton(Message):
+class PowerButton(Message, frozen=True):
     """Press the ACPI power button."""
 
     vm: int
 
 
-class Grant(Message):
+class Grant(Message, frozen=True):
     """Frames for the worker's magazine, as (first frame, count); [] when the pool is exhausted."""
 
     extents: list[tuple[int, int]]
 
 
-class Ping(Message):
+class Ping(Message, frozen=True):
     id: int
 
 
-class Quit(Message):
+class Quit(Message, frozen=True):
     """Stop everything and exit."""
 
 
 # --- worker to daemon ---------------------------------------------------------------------------------------
 
-class Hello(Message):
+class Hello(Message, frozen=True):
     """The first message: the silicon passed its self-test and is ready."""
 
     pid: int
@@ -92,11 +92,11 @@ class Hello(Message):
     silicon: str
 
 
-class Adopted(Message):
+class Adopted(Message, frozen=True):
     vm: int
 
 
-class Released(Message):
+class Released(Message, frozen=True):
     """The guest is no longer here; `state` is its MachineState, captured at host monotonic time `at_ns`."""
 
     vm: int
@@ -104,7 +104,7 @@ class Released(Message):
     at_ns: int
 
 
-class Refused(Message):
+class Refused(Message, frozen=True):
     """The request about this guest was not carried out, and the guest is not here."""
 
     vm: int
@@ -112,7 +112,7 @@ class Refused(Message):
     reason: str
 
 
-class Stopped(Message):
+class Stopped(Message, frozen=True):
     """The guest ended by itself and is no longer here.  `status` is the debug-exit port's."""
 
     vm: int
@@ -121,26 +121,26 @@ class Stopped(Message):
     status: int | None
 
 
-class Console(Message):
+class Console(Message, frozen=True):
     """Bytes the guest wrote to its console."""
 
     vm: int
     data: bytes
 
 
-class NeedFrames(Message):
+class NeedFrames(Message, frozen=True):
     """The magazine is low: `count` more frames are wanted."""
 
     count: int
 
 
-class Dropped(Message):
+class Dropped(Message, frozen=True):
     """Shared frames that copy-on-write breaks let go, one reference each."""
 
     frames: list[int]
 
 
-class Pong(Message):
+class Pong(Message, frozen=True):
     """The worker is alive.  `wakeups` counts wake-up latencies by `hostd.scheduler`'s buckets, `wakeup_ns` is
     their sum; both since the worker started."""
 

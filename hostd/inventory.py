@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The definitions of the VMs on disk, one JSON file each, and the lock that makes the daemon their only owner."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from hostd import storage
+from hostd.errors import Failed
+from hostd.model import Definition
+
+log = logging.getLogger(__name__)
+
+
+class Inventory:
+    """The state directory's `vms/`.
+
+    Invariant: between `__init__` and `close` this process holds the lock on `lock`, so no second daemon reads or
+    writes the directory; the kernel lets it go when the process dies, however it dies.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        storage.make_directory(state_dir)
+        self._directory = state_dir / "vms"
+        self._lock = _lock(state_dir / "lock")
+        storage.make_directory(self._directory)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def load(self) -> list[Definition]:
+        """All definitions.  A file that is not one is set aside: one bad file does not stop the host."""
+        definitions = []
+        for path in sorted(self._directory.glob("*.json")):
+            try:
+                definition = msgspec.json.decode(path.read_bytes(), type=Definition)
+                if definition.name != path.stem:
+                    raise ValueError(f"it defines a VM named {definition.name}")
+            except (OSError, ValueError) as error:          # msgspec's errors are ValueErrors
+                log.error("definition set aside", extra={"file": str(path), "why": str(error)})
+                path.rename(path.with_suffix(".broken"))
+            else:
+                definitions.append(definition)
+        return definitions
+
+    def save(self, definitions: Sequence[Definition]) -> None:
+        """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""
+        new = []
+        try:
+            for definition in definitions:
+                path = self._path(definition.name)
+                if not path.exists():
+                    new.append(path)
+                storage.write(path, msgspec.json.format(msgspec.json.encode(definition)) + b"\n")
+        except BaseException:
+            for path in new:
+                path.unlink(missing_ok=True)
+            raise
+
+    def remove(self, name: str) -> None:
+        storage.remove(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def _lock(path: Path) -> int:
+    """Take the state directory's lock for the life of this process, or say who has it."""
+    with storage.told_plainly(path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise Failed(f"another hostd (process {owner}) uses the state directory {path.parent}") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd

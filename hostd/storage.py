@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Files that are either there, whole and on the disk, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hostd.errors import Failed
+
+#: names that begin so are half-made files; whatever a dead daemon left of them is removed at start
+PARTIAL = ".partial-"
+
+
+@contextmanager
+def told_plainly(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals into the one sentence a user needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise Failed(f"no space left for {path.name} in {path.parent}") from None
+        raise Failed(f"cannot write {path}: {error.strerror}") from None
+
+
+def write(path: Path, data: bytes) -> None:
+    """Make `path` hold `data`, atomically and durably.  On failure it is as it was before."""
+    partial = path.with_name(PARTIAL + path.name)
+    with told_plainly(path):
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(partial, path)
+            sync_directory(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+def remove(path: Path) -> None:
+    """Remove `path`, durably."""
+    with told_plainly(path):
+        path.unlink(missing_ok=True)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and removals in the directory durable (fsync(2): the file's own sync does not)."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make the directory, private to the daemon, and clear it of half-made files."""
+    with told_plainly(path):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for partial in path.glob(PARTIAL + "*"):
+            partial.unlink()
