@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The frames a VM costs beside its own memory: VMCB, statistics, nested tables, in one contiguous run.
+
+    frame 0   the VMCB (vmm/vmcb.py); its address is the VMCB pointer of the paper, section 4.3
+    frame 1   exit counts and times (vmm/stats.py)
+    frame 2   accounting (vmm/stats.py)
+    frame 3.. nested page tables, whose leaf level is the P2M (vmm/memory/p2m.py)
+
+Daemon and workers find everything about a VM's memory from `first` and `memory_bytes` alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vmm.memory.frames import FrameAllocator
+from vmm.memory.p2m import MAX_MEMORY, P2M
+from vmm.memory.p2mbits import ACCESSED, DIRTY, KIND_MASK, KIND_SHIFT, PRESENT, WRITABLE, Kind
+from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
+from vmm.stats import Accounting, ExitStats
+
+_TABLES_AT = 3
+
+
+def check_memory_size(memory_bytes: int) -> None:
+    """Raises ValueError, in one sentence, for a size no guest can have."""
+    if memory_bytes <= 0:
+        raise ValueError(f"memory of {memory_bytes} bytes: a guest needs at least 1 MiB")
+    if memory_bytes < 1 << 20:
+        raise ValueError(f"memory of {memory_bytes} bytes is too small: a guest needs at least 1 MiB")
+    if memory_bytes > MAX_MEMORY:
+        raise ValueError(f"memory of {memory_bytes} bytes is too large: a guest can have at most 3 GiB")
+    if memory_bytes % PAGE:
+        raise ValueError(f"memory of {memory_bytes} bytes is not a whole number of 4 KiB pages")
+
+
+class VmBlock:
+    """The block at frame `first` of the pool, for a guest of `memory_bytes`."""
+
+    def __init__(self, pool: Pool, first: int, memory_bytes: int) -> None:
+        check_memory_size(memory_bytes)
+        self.pool = pool
+        self.first = first
+        self.memory_bytes = memory_bytes
+        self.pages = memory_bytes >> PAGE_SHIFT
+        self.vmcb_pa = first << PAGE_SHIFT
+        self.vmcb_page = pool.page(first)
+        self.exit_stats = ExitStats(pool.page(first + 1))
+        self.accounting = Accounting(pool.page(first + 2))
+        self.p2m = P2M(pool, first + _TABLES_AT, self.pages)
+
+    @staticmethod
+    def frames_for(memory_bytes: int) -> int:
+        """How many frames the block of such a guest takes."""
+        check_memory_size(memory_bytes)
+        return _TABLES_AT + P2M.table_frames(memory_bytes >> PAGE_SHIFT)
+
+    def leaf(self) -> np.ndarray:
+        """The P2M array (one uint64 a guest page), for work on many pages at once."""
+        return np.frombuffer(self.p2m.leaf, dtype=np.uint64)
+
+    def memory_counts(self) -> dict[str, int]:
+        """Pages of the guest by kind: assigned, resident, private, shared."""
+        leaf = self.leaf()
+        present = (leaf & np.uint64(PRESENT)) != 0
+        shared = int(np.count_nonzero(present & (
+            (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.SHARED << KIND_SHIFT))))
+        resident = int(np.count_nonzero(present))
+        return {"assigned": self.pages, "resident": resident,
+                "private": resident - shared, "shared": shared}
+
+
+def new_block(allocator: FrameAllocator, memory_bytes: int) -> VmBlock:
+    """A block with nothing in it, every page of the guest absent.  Raises OutOfFrames, ValueError."""
+    first = allocator.alloc_run(VmBlock.frames_for(memory_bytes))
+    return VmBlock(allocator.pool, first, memory_bytes)
+
+
+def clone_block(allocator: FrameAllocator, source: VmBlock) -> VmBlock:
+    """A second guest with the memory of `source`, every frame shared until either writes.
+
+    `source` must not be running; whoever runs it next must enter it by `vmrun`, which flushes its TLB.
+    Raises OutOfFrames.
+    """
+    block = new_block(allocator, source.memory_bytes)
+    leaf = source.leaf()
+    present = (leaf & np.uint64(PRESENT)) != 0
+    private, _ = allocator.split(leaf)
+    allocator.adopt_shared(private)
+    keep = np.uint64(~(KIND_MASK | WRITABLE | DIRTY) & (1 << 64) - 1)
+    leaf[present] = leaf[present] & keep | np.uint64(Kind.SHARED << KIND_SHIFT | ACCESSED)
+    block.leaf()[:] = leaf
+    allocator.share(leaf)
+    return block
+
+
+def free_block(allocator: FrameAllocator, block: VmBlock) -> None:
+    """A guest is gone: every frame of it is free or has an owner less."""
+    allocator.free_leaf(block.leaf())
+    allocator.free_run(block.first, VmBlock.frames_for(block.memory_bytes))

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who owns which machine frame.
+
+The daemon owns the pool and lends frames to workers in extents (a worker's magazine); a worker puts them
+into P2M entries on first touch and on copy-on-write.  The P2M arrays live in the pool itself, so what a dead
+worker had done is read from them, not asked of it.
+
+Invariant: a frame is free, or overhead of one VM, or on loan to a worker and not yet used, or in exactly
+one P2M entry as private, or in n >= 1 P2M entries as shared.  `FrameAllocator.count` adds these up to the
+pool.  A share count may be too high for a moment (a worker's drop still under way), never too low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vmm.memory.errors import OutOfFrames
+from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, PRESENT, Kind
+from vmm.memory.pool import PAGE_SHIFT, Pool
+
+Extent = tuple[int, int]   # first frame, how many
+
+FREE, OVERHEAD, LOAN = 0, 1, 2   # LOAN + n: lent to borrower n
+
+
+class FrameSource(Protocol):
+    """Where a P2M gets its frames: zeroed, one at a time.  `take` raises OutOfFrames."""
+
+    def take(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+class Magazine:
+    """The frames a worker holds in stock."""
+
+    def __init__(self, extents: Iterable[Extent] = ()) -> None:
+        self._extents: list[Extent] = []
+        self._next = self._end = 0
+        self._stock = 0
+        for first, count in extents:
+            self.add(first, count)
+
+    def add(self, first: int, count: int) -> None:
+        """Take `count` frames from `first` into stock."""
+        self._extents.append((first, count))
+        self._stock += count
+
+    def take(self) -> int:
+        """One zeroed frame.  Raises OutOfFrames."""
+        if self._next == self._end:
+            if not self._extents:
+                raise OutOfFrames("no frame in stock")
+            self._next, count = self._extents.pop()
+            self._end = self._next + count
+        frame = self._next
+        self._next += 1
+        self._stock -= 1
+        return frame
+
+    def __len__(self) -> int:
+        return self._stock
+
+
+@dataclass(frozen=True)
+class FrameCount:
+    """Frames of the pool by state; the sum is the pool."""
+
+    free: int
+    overhead: int
+    on_loan: int
+    private: int
+    shared: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.free + self.overhead + self.on_loan + self.private + self.shared
+
+
+class FrameAllocator:
+    """The daemon's ledger of the pool.  Not thread safe: one owner."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._owner = np.zeros(pool.frames, dtype=np.int16)
+        self._refs = np.zeros(pool.frames, dtype=np.uint32)
+        self._owner[0] = OVERHEAD   # frame 0 stays empty: a zero entry never names memory
+        self._extents: list[Extent] = [(1, pool.frames - 1)]
+
+    # -- taking -----------------------------------------------------------------------------------------
+
+    def free_frames(self) -> int:
+        """How many frames nobody has."""
+        return int(np.count_nonzero(self._owner == FREE))
+
+    def _rescan(self) -> None:
+        free = np.flatnonzero(self._owner == FREE)
+        if not len(free):
+            self._extents = []
+            return
+        breaks = np.flatnonzero(np.diff(free) != 1) + 1
+        starts = free[np.concatenate(([0], breaks))]
+        ends = free[np.concatenate((breaks - 1, [len(free) - 1]))] + 1
+        # longest last: `pop` serves from the largest extent
+        order = np.argsort(ends - starts)
+        self._extents = [(int(starts[i]), int(ends[i] - starts[i])) for i in order]
+
+    def _take(self, count: int, owner: int) -> list[Extent]:
+        taken: list[Extent] = []
+        want = count
+        rescanned = False
+        while want:
+            if not self._extents:
+                if rescanned:
+                    break
+                self._rescan()
+                rescanned = True
+                continue
+            first, have = self._extents.pop()
+            use = min(have, want)
+            if use < have:
+                self._extents.append((first + use, have - use))
+            self._owner[first:first + use] = owner
+            taken.append((first, use))
+            want -= use
+        if want:
+            for first, use in taken:
+                self._owner[first:first + use] = FREE
+            self._rescan()
+            raise OutOfFrames(f"{count} frames wanted, only {count - want} of {self.pool.frames} are free")
+        return taken
+
+    def alloc_run(self, count: int) -> int:
+        """First of `count` contiguous zeroed frames of overhead.  Raises OutOfFrames."""
+        for attempt in range(2):
+            for index in range(len(self._extents) - 1, -1, -1):
+                first, have = self._extents[index]
+                if have >= count:
+                    if have == count:
+                        del self._extents[index]
+                    else:
+                        self._extents[index] = (first + count, have - count)
+                    self._owner[first:first + count] = OVERHEAD
+                    return first
+            if attempt == 0:
+                self._rescan()
+        raise OutOfFrames(f"no {count} contiguous frames are free in the pool")
+
+    def free_run(self, first: int, count: int) -> None:
+        """Give overhead back."""
+        self._owner[first:first + count] = FREE
+        self.pool.release(first, count)
+
+    def lend(self, borrower: int, count: int) -> list[Extent]:
+        """`count` zeroed frames on loan to `borrower` (0..30000).  Raises OutOfFrames."""
+        return self._take(count, LOAN + borrower)
+
+    # -- guests' pages ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def split(leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frames of the private and of the shared entries of a P2M leaf array."""
+        present = leaf[(leaf & np.uint64(PRESENT)) != 0]
+        frames = ((present & np.uint64(FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        shared = (present & np.uint64(KIND_MASK)) == np.uint64(Kind.SHARED << KIND_SHIFT)
+        return frames[~shared], frames[shared]
+
+    def share(self, leaf: np.ndarray) -> None:
+        """Count one more owner for every frame of `leaf`, whose entries have just become shared twice."""
+        private, shared = self.split(leaf)
+        assert not len(private), "a page that is counted as shared is private"
+        np.add.at(self._refs, shared, 1)
+
+    def adopt_shared(self, frames: np.ndarray) -> None:
+        """Frames that were private become shared by their one owner."""
+        self._refs[frames] = 1
+
+    def drop(self, frames: Iterable[int]) -> None:
+        """Entries that shared these frames let them go (copy-on-write breaks)."""
+        array = np.fromiter(frames, dtype=np.int64)
+        np.subtract.at(self._refs, array, 1)
+        gone = np.unique(array[self._refs[array] == 0])
+        self._free_frames(gone)
+
+    def free_leaf(self, leaf: np.ndarray) -> None:
+        """A guest is gone: its private frames are free, its shared ones have an owner less."""
+        private, shared = self.split(leaf)
+        self._free_frames(private)
+        np.subtract.at(self._refs, shared, 1)
+        self._free_frames(np.unique(shared[self._refs[shared] == 0]))
+        leaf[:] = 0
+
+    def reclaim(self, borrower: int, leaves: Iterable[np.ndarray]) -> int:
+        """A borrower is gone: what it had in stock is free again, and share counts are counted afresh.
+
+        `leaves` are the P2M arrays of all guests that exist.  Returns the number of frames that came back.
+        """
+        used = np.zeros(self.pool.frames, dtype=bool)
+        refs = np.zeros(self.pool.frames, dtype=np.uint32)
+        for leaf in leaves:
+            private, shared = self.split(leaf)
+            used[private] = True
+            np.add.at(refs, shared, 1)
+        used |= refs > 0
+        lost = np.flatnonzero((self._refs > 0) & (refs == 0))
+        self._refs = refs
+        stock = np.flatnonzero((self._owner == LOAN + borrower) & ~used)
+        back = np.union1d(lost, stock)
+        self._free_frames(back)
+        return len(back)
+
+    def _free_frames(self, frames: np.ndarray) -> None:
+        if not len(frames):
+            return
+        self._owner[frames] = FREE
+        frames = np.sort(frames)
+        breaks = np.flatnonzero(np.diff(frames) != 1) + 1
+        for run in np.split(frames, breaks):
+            self.pool.release(int(run[0]), len(run))
+
+    # -- the books ------------------------------------------------------------------------------------------
+
+    def count(self, leaves: Iterable[np.ndarray]) -> FrameCount:
+        """Every frame's state, read from the ledger and the P2M arrays of all guests."""
+        private_frames = np.zeros(self.pool.frames, dtype=bool)
+        shared_frames = np.zeros(self.pool.frames, dtype=bool)
+        for leaf in leaves:
+            private, shared = self.split(leaf)
+            private_frames[private] = True
+            shared_frames[shared] = True
+        guest = private_frames | shared_frames
+        return FrameCount(
+            free=int(np.count_nonzero(self._owner == FREE)),
+            overhead=int(np.count_nonzero(self._owner == OVERHEAD)),
+            on_loan=int(np.count_nonzero((self._owner >= LOAN) & ~guest)),
+            private=int(np.count_nonzero(private_frames)),
+            shared=int(np.count_nonzero(shared_frames)))
+
+    def check(self, leaves: Iterable[np.ndarray]) -> list[str]:
+        """Every way in which ledger and P2M arrays disagree, a sentence each; empty if they balance."""
+        wrong: list[str] = []
+        private_refs = np.zeros(self.pool.frames, dtype=np.uint32)
+        shared_refs = np.zeros(self.pool.frames, dtype=np.uint32)
+        for leaf in leaves:
+            private, shared = self.split(leaf)
+            np.add.at(private_refs, private, 1)
+            np.add.at(shared_refs, shared, 1)
+        for frames, sentence in (
+                (private_refs > 1, "private to more than one guest page"),
+                ((private_refs > 0) & (shared_refs > 0), "both private and shared"),
+                (((private_refs > 0) | (shared_refs > 0)) & (self._owner < LOAN), "in use but not lent"),
+                (shared_refs > self._refs, "shared by more entries than counted")):
+            for frame in np.flatnonzero(frames)[:8]:
+                wrong.append(f"frame {int(frame)} is {sentence}")
+        return wrong
+
+
+class LocalFrames:
+    """A FrameSource straight from an allocator, for a machine without a daemon."""
+
+    def __init__(self, allocator: FrameAllocator, limit: int | None = None) -> None:
+        self._allocator = allocator
+        self._magazine = Magazine()
+        self._left = limit if limit is not None else allocator.pool.frames
+
+    def take(self) -> int:
+        """One zeroed frame.  Raises OutOfFrames."""
+        if not len(self._magazine):
+            chunk = min(1024, self._left, self._allocator.free_frames())
+            if not chunk:
+                raise OutOfFrames("no frame left")
+            self._left -= chunk
+            for first, count in self._allocator.lend(0, chunk):
+                self._magazine.add(first, count)
+        return self._magazine.take()
+
+    def __len__(self) -> int:
+        return len(self._magazine) + min(self._left, self._allocator.free_frames())

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guest-physical to machine (P2M), kept as the nested page table itself.
+
+The nested table's leaf level is one contiguous array of 8-byte entries indexed by guest-physical page, so
+there is one truth about a page, read by the silicon's walker, the monitor and the daemon alike.  An
+entry is a long-mode PTE (AMD64 APM vol. 2, 5.3.3 and 15.25) whose three available bits say what the page is:
+
+    absent    no frame yet; reads as zero, a frame comes with the first touch
+    private   a frame of this guest alone
+    shared    a frame that other entries name too; never writable, a write breaks it (copy-on-write)
+    ballooned given back by the guest
+
+Invariant: a shared entry is never writable; a private entry lacks write permission only while the dirty
+log waits for its first write.  NX is never set (the silicon dereferences NULL on it, and guest page-table
+walks fetch through these entries).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from vmm.memory.errors import BadAddress
+from vmm.memory.frames import FrameSource
+from vmm.memory.p2mbits import (
+    DIRTY,
+    FRAME_MASK,
+    KIND_MASK,
+    KIND_SHIFT,
+    LOGGED,
+    PRESENT,
+    PRIVATE_BITS,
+    TABLE_BITS,
+    WRITABLE,
+    Kind,
+)
+from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
+
+#: the most memory a guest can have: the rest of the low 4 GiB belongs to devices
+MAX_MEMORY = 3 << 30
+_ZERO_TABLE = memoryview(bytes(PAGE)).cast("Q")
+
+
+class Outcome(IntEnum):
+    """What a nested page fault came to."""
+
+    MAPPED = 0        # present entry installed or write permission given: retry, no flush needed
+    REMAPPED = 1      # the page has another frame now: flush the TLB, then retry
+    NOT_RAM = 2       # no memory there: a device's address
+
+
+class P2M:
+    """The nested table of one guest, in `tables` frames from `first`, for `pages` pages of RAM."""
+
+    #: PML4, PDPT, four page directories, and spare tables for device pages
+    FIXED = 6
+    SPARE = 8
+
+    def __init__(self, pool: Pool, first: int, pages: int) -> None:
+        self.pool = pool
+        self.first = first
+        self.pages = pages
+        self.leaf_first = first + self.FIXED + self.SPARE
+        start = self.leaf_first * 512
+        self.leaf = pool.q[start:start + pages]
+        #: frames of broken shares, to be reported to whoever counts references
+        self.dropped: list[int] = []
+        self.cow_breaks = 0
+        self.logging = False
+        self._spare_used = 0
+
+    @classmethod
+    def table_frames(cls, pages: int) -> int:
+        """How many frames the tables for `pages` guest pages take."""
+        return cls.FIXED + cls.SPARE + -(-pages // 512)
+
+    @property
+    def root(self) -> int:
+        """Machine-physical address for nCR3."""
+        return self.first << PAGE_SHIFT
+
+    def build(self) -> None:
+        """(Re)make the upper levels: they lead to the leaf array, and to no device page yet.
+
+        The leaf array itself is left alone; whoever takes a guest over calls this.
+        """
+        q, first = self.pool.q, self.first
+        self._spare_used = 0
+        for frame in range(first, first + self.FIXED + self.SPARE):
+            q[frame * 512:(frame + 1) * 512] = _ZERO_TABLE
+        q[first * 512] = (first + 1) << PAGE_SHIFT | TABLE_BITS
+        for gib in range(4):
+            q[(first + 1) * 512 + gib] = (first + 2 + gib) << PAGE_SHIFT | TABLE_BITS
+        for index in range(-(-self.pages // 512)):
+            q[(first + 2) * 512 + index] = (self.leaf_first + index) << PAGE_SHIFT | TABLE_BITS
+
+    # -- RAM ------------------------------------------------------------------------------------------
+
+    def fault(self, gpa: int, write: bool, frames: FrameSource) -> Outcome:
+        """Serve a nested page fault: first touch, copy-on-write and the dirty log are one path.
+
+        Raises OutOfFrames, with nothing changed, when a frame is needed and none is there.
+        """
+        page = gpa >> PAGE_SHIFT
+        if page >= self.pages:
+            return Outcome.NOT_RAM
+        entry = self.leaf[page]
+        if not entry & PRESENT:
+            self.leaf[page] = frames.take() << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
+            return Outcome.MAPPED
+        if entry & WRITABLE or not write:
+            return Outcome.MAPPED
+        if entry & KIND_MASK == Kind.PRIVATE << KIND_SHIFT:
+            self.leaf[page] = entry | WRITABLE | LOGGED
+            return Outcome.MAPPED
+        self._break_share(page, entry, frames)
+        return Outcome.REMAPPED
+
+    def _break_share(self, page: int, entry: int, frames: FrameSource) -> None:
+        fresh = frames.take()
+        old = (entry & FRAME_MASK) >> PAGE_SHIFT
+        view = self.pool.view
+        view[fresh << PAGE_SHIFT:(fresh + 1) << PAGE_SHIFT] = view[old << PAGE_SHIFT:(old + 1) << PAGE_SHIFT]
+        self.leaf[page] = fresh << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
+        self.dropped.append(old)
+        self.cow_breaks += 1
+
+    def for_read(self, gpa: int) -> int:
+        """Machine address behind `gpa`, or -1 where the page is absent (reads as zero)."""
+        page = gpa >> PAGE_SHIFT
+        if page >= self.pages:
+            raise BadAddress(gpa)
+        entry = self.leaf[page]
+        if entry & PRESENT:
+            return entry & FRAME_MASK | gpa & 0xFFF
+        return -1
+
+    def for_write(self, gpa: int, frames: FrameSource) -> int:
+        """Machine address behind `gpa`, made writable for the monitor (frames come, shares break)."""
+        page = gpa >> PAGE_SHIFT
+        if page >= self.pages:
+            raise BadAddress(gpa)
+        entry = self.leaf[page]
+        if not entry & WRITABLE:
+            self.fault(gpa, True, frames)
+            entry = self.leaf[page]
+        return entry & FRAME_MASK | gpa & 0xFFF
+
+    # -- device pages ---------------------------------------------------------------------------------
+
+    def map_device(self, gpa: int, machine: int) -> bool:
+        """Point the page of `gpa`, which has no RAM, at machine address `machine` (a device window).
+
+        Spare tables are few; when they run out all device pages are forgotten first.  Returns whether the
+        TLB must be flushed for it.
+        """
+        flush = False
+        if self._spare_used + 3 > self.SPARE and self._device_table(gpa) is None:
+            self.build()
+            flush = True
+        table = self._device_table(gpa)
+        if table is None:
+            table = self._make_device_table(gpa)
+        self.pool.q[table * 512 + (gpa >> 12 & 511)] = machine & FRAME_MASK | TABLE_BITS | DIRTY
+        return flush
+
+    def _device_table(self, gpa: int) -> int | None:
+        """Frame of the leaf table that serves `gpa`, if there is one."""
+        frame = self.first
+        for shift in (39, 30, 21):
+            entry = self.pool.q[frame * 512 + (gpa >> shift & 511)]
+            if not entry & PRESENT:
+                return None
+            frame = (entry & FRAME_MASK) >> PAGE_SHIFT
+        return frame
+
+    def _make_device_table(self, gpa: int) -> int:
+        q = self.pool.q
+        frame = self.first
+        for shift in (39, 30, 21):
+            slot = frame * 512 + (gpa >> shift & 511)
+            if not q[slot] & PRESENT:
+                spare = self.first + self.FIXED + self._spare_used
+                self._spare_used += 1
+                q[spare * 512:(spare + 1) * 512] = _ZERO_TABLE
+                q[slot] = spare << PAGE_SHIFT | TABLE_BITS
+            frame = (q[slot] & FRAME_MASK) >> PAGE_SHIFT
+        return frame
+
