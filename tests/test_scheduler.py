@@ -461,8 +461,8 @@ def test_a_fair_placement_is_left_alone() -> None:
 def test_fifty_guests_on_one_worker_spread_out_soon() -> None:
     """As after the replacement of a lost worker."""
     simulation = Simulation(2, weighted(*[100] * 50))
-    simulation.run(20)                              # who starved at first catches up, too
-    assert list(simulation.run(20).values()) == pytest.approx([2 / 50] * 50, rel=0.05)
+    simulation.run(30)                              # who starved at first catches up, too
+    assert list(simulation.run(30).values()) == pytest.approx([2 / 50] * 50, rel=0.05)
     simulation.run(20)
     assert sorted(list(simulation.place.values()).count(cpu) for cpu in (0, 1)) == [25, 25]
     moves = simulation.moves
