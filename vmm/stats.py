@@ -53,38 +53,50 @@ class ExitStats:
         return sum(self.times) / 1e9
 
 
-#: order of the quadwords of an accounting frame; append only (a snapshot carries them by name)
-FIELDS = ("run_ns", "wait_ns", "sleep_ns", "world_switches", "interrupts", "cow_breaks", "frames_taken",
-          "hypercalls", "boots", "crashes", "ticks_lost", "console_bytes_out", "console_bytes_in",
-          "steal_ns", "slices", "last_run_ns")
+class _Quad:
+    """Descriptor: one quadword of the accounting frame."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __get__(self, owner: Accounting, kind: type) -> int:
+        return owner.raw[self.index]
+
+    def __set__(self, owner: Accounting, value: int) -> None:
+        owner.raw[self.index] = value
 
 
 class Accounting:
-    """Named counters of a VM, each a property over its quadword."""
+    """Named counters of a VM over the quadwords of a frame; append only, snapshots carry them by name."""
+
+    run_ns = _Quad(0)
+    wait_ns = _Quad(1)
+    sleep_ns = _Quad(2)
+    world_switches = _Quad(3)
+    interrupts = _Quad(4)
+    cow_breaks = _Quad(5)
+    frames_taken = _Quad(6)
+    hypercalls = _Quad(7)
+    boots = _Quad(8)
+    crashes = _Quad(9)
+    ticks_lost = _Quad(10)
+    console_bytes_out = _Quad(11)
+    console_bytes_in = _Quad(12)
+    steal_ns = _Quad(13)
+    slices = _Quad(14)
 
     def __init__(self, page: memoryview) -> None:
         self.raw = page.cast("Q")
 
     def as_dict(self) -> dict[str, int]:
         """All of them by name."""
-        return dict(zip(FIELDS, self.raw[:len(FIELDS)].tolist(), strict=True))
+        return {name: self.raw[quad.index] for name, quad in _FIELDS.items()}
 
     def load(self, values: dict[str, int]) -> None:
-        """Set counters by name; unknown names are ignored (a newer host wrote them)."""
+        """Set counters by name; names unknown here are left out (a newer host wrote them)."""
         for name, value in values.items():
-            if name in FIELDS:
-                self.raw[FIELDS.index(name)] = value & (1 << 64) - 1
+            if name in _FIELDS:
+                self.raw[_FIELDS[name].index] = value & (1 << 64) - 1
 
 
-def _field(index: int) -> property:
-    def get(self: Accounting) -> int:
-        return self.raw[index]
-
-    def put(self: Accounting, value: int) -> None:
-        self.raw[index] = value
-
-    return property(get, put)
-
-
-for _index, _name in enumerate(FIELDS):
-    setattr(Accounting, _name, _field(_index))
+_FIELDS = {name: quad for name, quad in vars(Accounting).items() if isinstance(quad, _Quad)}
