@@ -22,6 +22,7 @@ _TRAPS = ("trap.S", "trap.c")
 #: kernel name -> its source files
 KERNELS: dict[str, tuple[str, ...]] = {
     "idle": (*_COMMON, *_TRAPS, "idle.c"),
+    "mix": (*_COMMON, *_TRAPS, "mix.c", "mix_memory.c", "mix_user.c"),
     "primes": (*_COMMON, "primes.c"),
     "triple": ("triple.S",),
 }
@@ -29,7 +30,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
 _FLAGS = [
     *("-m32", "-march=i686", "-mno-sse", "-mno-mmx", "-std=gnu11", "-Os"),
     *("-Wall", "-Wextra", "-Werror", "-Wa,--fatal-warnings"),
-    *("-ffreestanding", "-fno-builtin", "-fno-pic", "-no-pie", "-static", "-nostdlib"),
+    *("-ffreestanding", "-fno-builtin", "-fno-tree-loop-distribute-patterns", "-fno-pic", "-no-pie", "-static", "-nostdlib"),
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
     *("-Wl,--build-id=none", "-Wl,--nmagic", "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-Wl,--strip-all"),
 ]

@@ -12,11 +12,11 @@
 
 void console_open(void)
 {
-    outb(COM1 + 1, 0x00); /* no interrupts */
     outb(COM1 + 3, 0x80); /* divisor latch: 115200 baud */
     outb(COM1 + 0, 0x01);
     outb(COM1 + 1, 0x00);
     outb(COM1 + 3, 0x03); /* 8N1 */
+    outb(COM1 + 1, 0x00); /* no interrupts */
     outb(COM1 + 2, 0x07); /* FIFOs on and empty */
     outb(COM1 + 4, 0x03); /* DTR, RTS */
 }

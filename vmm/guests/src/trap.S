@@ -38,8 +38,7 @@ enter:
     pushl   %esp
     call    trap
     addl    $4, %esp
-    .globl resume
-resume:                         /* %esp points at a struct frame */
+leave_kernel:                   /* %esp points at a struct frame */
     testl   $3, 44(%esp)        /* frame.cs */
     jz      1f
     movl    $USER_DS, %eax
@@ -48,3 +47,8 @@ resume:                         /* %esp points at a struct frame */
 1:  popal
     addl    $8, %esp
     iret
+
+    .globl resume_task          /* the argument is the frame, to be used up in place */
+resume_task:
+    movl    4(%esp), %esp
+    jmp     leave_kernel

@@ -20,6 +20,9 @@ struct frame {
 /* Each kernel's own.  The return is to `frame`, which may have been changed. */
 void trap(struct frame *frame);
 
+/* Go to where `frame` says, leaving the present stack for good. */
+_Noreturn void resume_task(const struct frame *frame);
+
 /* Load the IDT and move the 8259 pair to VECTOR_IRQ0, every line masked but `lines`. */
 void traps_open(uint16_t lines);
 
