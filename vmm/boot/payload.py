@@ -25,7 +25,7 @@ _WINDOW_BYTES = 256 << 20
 _LZ4_BLOCK = 8 << 20
 
 #: what the libraries raise on data they cannot read
-_LIBRARY_ERRORS = (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError, OSError, ValueError)
+_UNREADABLE = (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError, OSError, ValueError)
 
 
 def _gzip(data: Data, size: int) -> bytes:
@@ -89,10 +89,10 @@ def unpack(data: memoryview, limit: int) -> Data:
 def _checked(name: str, decompress: Callable[[Data, int], bytes], data: memoryview, limit: int) -> bytes:
     size = int.from_bytes(data[-4:], "little")
     if size > limit:
-        raise BootError(f"the kernel unpacks to {size >> 20} MiB, more than the {limit >> 20} MiB it may have")
+        raise BootError(f"the kernel unpacks to {size >> 20} MiB, and may have {limit >> 20} MiB at most")
     try:
         unpacked = decompress(data, size)
-    except _LIBRARY_ERRORS as error:
+    except _UNREADABLE as error:
         raise BootError(f"the kernel's {name} payload is corrupt: {error}") from None
     if len(unpacked) != size:
         raise BootError(f"the kernel's {name} payload is corrupt: it unpacks to {len(unpacked)} bytes "
