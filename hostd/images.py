@@ -5,8 +5,8 @@
     unpacked/SHA256     the same kernel in the form that boots without decompression
     images/NAME.json
 
-A blob that nothing names any more is collected an hour later: time enough between an upload and the definition
-that uses it.  The methods that touch much data are meant to be called in a thread.
+A blob that nothing names any more is collected an hour later: time enough between an upload and the
+definition that uses it.  The methods that touch much data are meant to be called in a thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import msgspec
 
 from hostd import storage
 from hostd.errors import Conflict, Invalid, NotFound, TooLarge
-from hostd.model import BlobView, ImageSpec, ImageView
+from hostd.model import MAX_MEMORY, BlobView, ImageSpec, ImageView
 
 GRACE_S = 3600.0
 
@@ -112,16 +112,16 @@ class Images:
 
     def prepare_kernel(self, sha256: str) -> str:
         """Check that the blob is a kernel and cache its unpacked form; the answer is the kind of kernel."""
-        from vmm.boot.image import BootError, identify, unpack
+        from vmm.boot.image import BootError, load, unpack
 
-        data = self.read_blob(sha256)
         path = self._unpacked / sha256
         try:
-            kind = identify(data)
-            if not path.exists():
-                storage.write(path, unpack(data))
+            unpacked = path.read_bytes() if path.exists() else unpack(self.read_blob(sha256))
+            kind = load(unpacked, memory_bytes=MAX_MEMORY).kind
         except BootError as error:
             raise Invalid(f"kernel: {error}") from None
+        if not path.exists():
+            storage.write(path, unpacked)
         return kind
 
     def read_kernel(self, sha256: str) -> bytes:
@@ -156,8 +156,8 @@ class Images:
             raise NotFound(f"no image {name} (there is: {known})") from None
 
     def add(self, spec: ImageSpec) -> ImageView:
-        """Name a kernel.  Raises Conflict for a name in use, NotFound for a missing blob, Invalid for a blob that
-        is not a kernel."""
+        """Name a kernel.  Raises Conflict for a name in use, NotFound for a missing blob, Invalid for a
+        blob that is not a kernel."""
         if spec.name in self._images:
             raise Conflict(f"image {spec.name} exists already")
         self.check_blob(spec.kernel, "kernel")

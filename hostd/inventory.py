@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The definitions of the VMs on disk, one JSON file each, and the lock that makes the daemon their only owner."""
+"""The definitions of the VMs on disk, one JSON file each, and the lock that keeps other daemons away."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Inventory:
     """The state directory's `vms/`.
 
-    Invariant: between `__init__` and `close` this process holds the lock on `lock`, so no second daemon reads or
-    writes the directory; the kernel lets it go when the process dies, however it dies.
+    Invariant: between `__init__` and `close` this process holds the lock on `lock`, so no second daemon reads
+    or writes the directory; the kernel lets it go when the process dies, however it dies.
     """
 
     def __init__(self, state_dir: Path) -> None:

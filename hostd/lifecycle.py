@@ -56,6 +56,7 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (_S.CRASHED, _T.START): _S.STARTING,
 
     (_S.STARTING, _T.LOADED): _S.RUNNING,
+    (_S.STARTING, _T.PAUSE): _S.PAUSED,
     (_S.STARTING, _T.ABANDON): _S.DEFINED,
     (_S.STARTING, _T.CRASH): _S.CRASHED,
 
@@ -68,6 +69,7 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (_S.PAUSED, _T.RESUME): _S.RUNNING,
     (_S.PAUSED, _T.POWER_OFF): _S.HALTED,
     (_S.PAUSED, _T.RESET): _S.STARTING,
+    (_S.PAUSED, _T.CRASH): _S.CRASHED,
 
     (_S.MIGRATING, _T.MOVED): _S.RUNNING,
     (_S.MIGRATING, _T.POWER_OFF): _S.HALTED,

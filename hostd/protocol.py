@@ -4,8 +4,8 @@
 Messages are tagged MessagePack maps, each preceded by its length (u32, little endian), on a Unix stream
 socket the worker inherits.  A stream keeps order, and that order is the protocol: a guest is with a worker
 from `Adopt` until the worker's `Stopped`, `Released` or `Refused`, and nothing about it is sent outside that
-time.  `vm` is a number the daemon gives to one boot of one VM and never uses again, so a message about a past
-life of a VM cannot be mistaken for one about the present.
+time.  `vm` is a *lease*, a name the daemon gives to one life of one VM ("web#17") and never uses again, so a
+message about a past life of a VM cannot be mistaken for one about the present.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class Adopt(Message, frozen=True):
     """Run this guest from `state` on; its block is at `base_frame` in the pool.  Answer: Adopted or
     Refused."""
 
-    vm: int
-    name: str
+    vm: str
     base_frame: int
     memory_bytes: int
     state: bytes
@@ -46,18 +45,18 @@ class Adopt(Message, frozen=True):
 class Release(Message, frozen=True):
     """Stop running this guest and forget it.  Answer: Released, or Refused if it is not here any more."""
 
-    vm: int
+    vm: str
 
 
 class Input(Message, frozen=True):
     """Bytes typed at the guest's console."""
 
-    vm: int
+    vm: str
     data: bytes
 
 
 class SetShare(Message, frozen=True):
-    vm: int
+    vm: str
     weight: int
     cap: int
 
@@ -65,7 +64,7 @@ class SetShare(Message, frozen=True):
 class PowerButton(Message, frozen=True):
     """Press the ACPI power button."""
 
-    vm: int
+    vm: str
 
 
 class Grant(Message, frozen=True):
@@ -93,13 +92,13 @@ class Hello(Message, frozen=True):
 
 
 class Adopted(Message, frozen=True):
-    vm: int
+    vm: str
 
 
 class Released(Message, frozen=True):
     """The guest is no longer here; `state` is its MachineState, captured at host monotonic time `at_ns`."""
 
-    vm: int
+    vm: str
     state: bytes
     at_ns: int
 
@@ -107,7 +106,7 @@ class Released(Message, frozen=True):
 class Refused(Message, frozen=True):
     """The request about this guest was not carried out, and the guest is not here."""
 
-    vm: int
+    vm: str
     request: Request
     reason: str
 
@@ -115,7 +114,7 @@ class Refused(Message, frozen=True):
 class Stopped(Message, frozen=True):
     """The guest ended by itself and is no longer here.  `status` is the debug-exit port's."""
 
-    vm: int
+    vm: str
     why: Literal["poweroff", "reset", "crashed", "exit"]
     detail: str
     status: int | None
@@ -124,7 +123,7 @@ class Stopped(Message, frozen=True):
 class Console(Message, frozen=True):
     """Bytes the guest wrote to its console."""
 
-    vm: int
+    vm: str
     data: bytes
 
 
@@ -135,8 +134,9 @@ class NeedFrames(Message, frozen=True):
 
 
 class Dropped(Message, frozen=True):
-    """Shared frames that copy-on-write breaks let go, one reference each."""
+    """Shared frames that copy-on-write breaks of this guest let go."""
 
+    vm: str
     frames: list[int]
 
 

@@ -32,7 +32,7 @@ async def host_view(host: Host, call: Call) -> HostView:
 
 
 async def list_vms(host: Host, call: Call) -> list[VmView]:
-    return host.list()
+    return host.views()
 
 
 async def create_vm(host: Host, call: Call) -> VmView:
