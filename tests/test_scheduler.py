@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostd.scheduler import CPU, LATENCY_BOUNDS_NS, Balancer, Load, RunQueue, Usage, entitlements
-from hostd.scheduler.runqueue import CREDIT_NS, SLICE_MAX_NS
+from hostd.scheduler.runqueue import SLICE_NS
 
 MS = 1_000_000
 SECOND = 1_000_000_000
@@ -149,14 +149,21 @@ def test_slices_are_between_two_and_six_milliseconds() -> None:
     assert alone.pick(0) == ("guest", 6 * MS)
 
 
+def test_the_slice_can_be_chosen() -> None:
+    queue = RunQueue(slice_ns=30 * MS)
+    for i in range(6):
+        queue.add(f"guest{i}", 100, 0, 0)
+    assert queue.pick(0) == ("guest0", 20 * MS)
+
+
 def test_an_interrupted_slice_goes_on_with_what_is_left_of_it() -> None:
     queue = RunQueue()
     queue.add("a", 100, 0, 0)
     queue.add("b", 100, 0, 0)
     first = queue.pick(0)
-    assert first == ("a", SLICE_MAX_NS)
+    assert first == ("a", SLICE_NS)
     queue.charge("a", MS, MS)
-    assert queue.pick(MS) == ("a", SLICE_MAX_NS - MS)
+    assert queue.pick(MS) == ("a", SLICE_NS - MS)
 
 
 # -- sleepers
@@ -190,7 +197,7 @@ def test_a_sleeper_cannot_hoard_credit() -> None:
     queue.wake("sleeper", 1000 * SECOND)
     run_cpu(queue, 1000 * SECOND, 1000 * SECOND + 200 * MS)
     run = queue.usage("sleeper", 1000 * SECOND + 200 * MS).run_ns
-    assert 100 * MS <= run <= 100 * MS + CREDIT_NS + SLICE_MAX_NS
+    assert 100 * MS <= run <= 100 * MS + 2 * SLICE_NS
 
 
 def test_short_sleeps_do_not_pay() -> None:
@@ -212,7 +219,7 @@ def test_short_sleeps_do_not_pay() -> None:
         if pick.id == "nap":
             queue.sleep("nap", now)
             wakes = True
-    assert queue.usage("nap", now).run_ns <= now * 0.25 * 1.05 + CREDIT_NS
+    assert queue.usage("nap", now).run_ns <= now * 0.25 * 1.05 + SLICE_NS
 
 
 def test_waking_and_sleeping_twice_changes_nothing() -> None:
@@ -394,7 +401,7 @@ def test_nobody_starves(weights: list[int], nap: int) -> None:
             queue.sleep(pick.id, now)
             queue.wake(pick.id, now)
         for i, weight in enumerate(weights):
-            longest = SLICE_MAX_NS * sum(weights) // weight + 2 * SLICE_MAX_NS * len(weights)
+            longest = SLICE_NS * sum(weights) // weight + 2 * SLICE_NS * len(weights)
             assert now - last_turn[f"guest{i}"] <= longest
 
 

@@ -24,19 +24,16 @@ MS = 1_000_000
 MAX_WEIGHT = 10_000
 
 #: a turn is at most this long when few guests compete...
-SLICE_MAX_NS = 6 * MS
-#: ...and at least this long when many do: below it the world switches would start to cost
-SLICE_MIN_NS = 2 * MS
-#: between the two, slices are cut so that every runnable guest has a turn within this time
-ROUND_NS = 24 * MS
+SLICE_NS = 6 * MS
+#: ...and at least this part of it when many do: the world switches must not start to cost...
+SHORTEST_PART = 3
+#: ...and between the two such that all runnable guests together have a turn within this many full slices
+ROUND_SLICES = 4
 #: a turn or an allowance shorter than this is not worth a world switch
 GRAIN_NS = MS // 10
 
 #: caps are kept over windows of this length
 CAP_WINDOW_NS = 100 * MS
-
-#: how much of its own time a guest may be owed when it wakes; whatever else it did not use is forfeited
-CREDIT_NS = SLICE_MAX_NS
 
 #: virtual nanoseconds are scaled so that the division by the largest weight loses nothing that matters
 SCALE = 1 << 16
@@ -92,7 +89,7 @@ class _Guest:
         self.tag = tag
         self.turn = tag                             # its tag when its current turn began
         self.slice_left = 0
-        self.credit = 0                             # CREDIT_NS in its own virtual time
+        self.credit = 0                             # a slice in its own virtual time
         self.budget = 0                             # nanoseconds per cap window; 0: no cap
         self.spent = 0                              # of the budget since `window`, earlier debts included
         self.window = now
@@ -127,8 +124,11 @@ class RunQueue:
     its own credit; and the virtual time never goes back.  So nobody can save up time by sleeping.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slice_ns: int = SLICE_NS) -> None:
         self.latency = Latency()
+        self._longest = slice_ns
+        self._shortest = slice_ns // SHORTEST_PART
+        self._round = slice_ns * ROUND_SLICES
         self._guests: dict[str, _Guest] = {}
         self._ready: list[_Entry] = []
         self._throttled: list[_Entry] = []
@@ -176,7 +176,8 @@ class RunQueue:
         if cap < 0:
             raise ValueError(f"cap {cap} is negative")
         guest.weight = weight
-        guest.credit = CREDIT_NS * SCALE // weight
+        # What a guest may be owed when it wakes, of its own time; all else that it did not use is forfeited.
+        guest.credit = self._longest * SCALE // weight
         # one virtual CPU cannot use more than one CPU: a larger cap is no cap
         guest.budget = cap * CAP_WINDOW_NS // 100 if cap < 100 else 0
 
@@ -226,7 +227,7 @@ class RunQueue:
                 guest.turn = tag = guest.tag
                 if tag > self._virtual:
                     self._virtual = tag
-                guest.slice_left = min(SLICE_MAX_NS, max(SLICE_MIN_NS, ROUND_NS // (len(ready) + 1)))
+                guest.slice_left = min(self._longest, max(self._shortest, self._round // (len(ready) + 1)))
             slice_ns = guest.slice_left
             if guest.budget:
                 allowance = guest.allowance(now)

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host as Prometheus sees it.
+
+Nothing is counted here: every scrape reads the host's views, and those read the counters in shared memory.
+So a VM that is gone is gone from the next scrape, and no label set outlives what it describes.
+
+Cardinality: a VM has a fixed number of series and at most two for each reason of `REASONS`; everything else
+is bounded by the number of workers or by tables in this file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
+from typing import NamedTuple, TypeVar
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from hostd.host import Host
+from hostd.lifecycle import State
+from hostd.model import PAGE, ExitRow, FrameCounts, VmView, WorkerView
+from hostd.scheduler import LATENCY_BOUNDS_NS
+from vmm.exitcodes import ExitCode
+
+#: the VMEXIT_* codes that have a reason of their own; all others are "other"
+REASONS: dict[int, str] = {
+    **dict.fromkeys(range(ExitCode.CR0_READ, ExitCode.DR0_READ), "control_register"),
+    **dict.fromkeys(range(ExitCode.DR0_READ, ExitCode.EXCP_DE), "debug_register"),
+    **dict.fromkeys(range(ExitCode.EXCP_DE, ExitCode.INTR), "exception"),
+    ExitCode.EXCP_PF: "page_fault",
+    ExitCode.INTR: "interrupt",
+    ExitCode.NMI: "interrupt",
+    ExitCode.VINTR: "interrupt_window",
+    ExitCode.CPUID: "cpuid",
+    ExitCode.HLT: "hlt",
+    ExitCode.IOIO: "io",
+    ExitCode.MSR: "msr",
+    ExitCode.SHUTDOWN: "shutdown",
+    ExitCode.VMMCALL: "hypercall",
+    ExitCode.NPF: "nested_page_fault",
+    ExitCode.INVALID: "invalid",
+}
+OTHER_REASON = "other"
+
+CONTENT_OF_ROOT = "hostd: the metrics are at /metrics\n"
+
+_Subject = TypeVar("_Subject")
+_Sample = tuple[tuple[str, ...], float]
+_Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+
+
+class _Row(NamedTuple):
+    """One metric: its family, and how to read the samples, label values and value, off a subject."""
+
+    family: _Family
+    name: str
+    help: str
+    labels: tuple[str, ...]
+    samples: Callable[..., Iterable[_Sample]]
+
+
+#: of every VM; `name`, the VM's, is the first label of each
+VM_METRICS = (
+    _Row(GaugeMetricFamily, "hostd_vm_info", "A VM, its monitor and its image.", ("vmm", "image"),
+         lambda vm: [((vm.vmm, vm.image or ""), 1)]),
+    _Row(GaugeMetricFamily, "hostd_vm_state", "1 for the state the VM is in, 0 for the others.", ("state",),
+         lambda vm: [((state.value,), state == vm.state) for state in State]),
+    _Row(GaugeMetricFamily, "hostd_vm_uptime_seconds", "Time since the guest was last started.", (),
+         lambda vm: [((), vm.uptime_s)]),
+    _Row(GaugeMetricFamily, "hostd_vm_worker", "Index of the VM's worker; absent if it has none.", (),
+         lambda vm: [] if vm.worker is None else [((), vm.worker)]),
+    _Row(GaugeMetricFamily, "hostd_vm_weight", "Share of the CPUs relative to other VMs.", (),
+         lambda vm: [((), vm.weight)]),
+    _Row(GaugeMetricFamily, "hostd_vm_cap_ratio", "Most the VM may use of a CPU; 1 without a cap.", (),
+         lambda vm: [((), vm.cap / 100 if vm.cap else 1)]),
+    _Row(CounterMetricFamily, "hostd_vm_cpu_seconds",
+         "Life of the virtual CPU: running, waiting for a physical CPU (steal time), or halted.", ("mode",),
+         lambda vm: [(("run",), vm.cpu.run), (("wait",), vm.cpu.wait), (("sleep",), vm.cpu.sleep)]),
+    _Row(CounterMetricFamily, "hostd_vm_interrupts_injected", "Interrupts injected into the guest.", (),
+         lambda vm: [((), vm.interrupts)]),
+    _Row(CounterMetricFamily, "hostd_vm_world_switches", "Entries into the guest from another context.", (),
+         lambda vm: [((), vm.world_switches)]),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_bytes",
+         "Memory: assigned to the guest, resident in the pool, and of that shared with clones or private.",
+         ("kind",),
+         lambda vm: [((kind,), getattr(vm.memory_usage, kind))
+                     for kind in ("assigned", "resident", "shared", "private")]),
+    _Row(CounterMetricFamily, "hostd_vm_boots", "Starts and resets of the guest.", (),
+         lambda vm: [((), vm.boots)]),
+    _Row(CounterMetricFamily, "hostd_vm_crashes", "Times the guest broke its machine or lost its worker.", (),
+         lambda vm: [((), vm.crashes)]),
+)
+
+#: of the pool
+POOL_METRICS = (
+    _Row(GaugeMetricFamily, "hostd_pool_bytes", "Size of the machine memory pool.", (),
+         lambda frames: [((), frames.total * PAGE)]),
+    _Row(GaugeMetricFamily, "hostd_pool_frames", "Machine frames of 4096 bytes by state.", ("state",),
+         lambda frames: [((state,), getattr(frames, state))
+                         for state in ("free", "granted", "private", "shared", "overhead")]),
+)
+
+#: of the workers, all together
+WORKER_METRICS = (
+    _Row(GaugeMetricFamily, "hostd_workers", "Worker processes by state.", ("state",),
+         lambda workers: [(("ready",), sum(worker.ready for worker in workers)),
+                          (("starting",), sum(not worker.ready for worker in workers))]),
+    _Row(CounterMetricFamily, "hostd_worker_restarts", "Workers replaced after they died.", (),
+         lambda workers: [((), sum(worker.restarts for worker in workers))]),
+    _Row(GaugeMetricFamily, "hostd_worker_vms", "VMs on a worker.", ("worker",),
+         lambda workers: [((str(worker.index),), worker.vms) for worker in workers]),
+)
+
+
+def reason_of(code: int) -> str:
+    """The reason an exit code counts for; negative codes mean what the 64-bit EXITCODE field would hold."""
+    return REASONS.get(code & (1 << 64) - 1, OTHER_REASON)
+
+
+class HostCollector(Collector):
+    """Reads the host at every scrape; for the daemon's trio thread, like the host itself."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        view = host.host_view()
+        self._version = view.version
+        # once, since a difference of clocks that is taken anew would wander
+        self._started = time.time() - view.uptime_s
+
+    def collect(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily("hostd_build_info", "The version that runs.", labels=("version",))
+        build.add_metric((self._version,), 1)
+        yield build
+        yield GaugeMetricFamily("hostd_start_time_seconds", "When the daemon started, in Unix time.",
+                                self._started)
+        frames: FrameCounts = self._host.frames()
+        yield from _families(POOL_METRICS, (), [((), frames)])
+        workers: list[WorkerView] = self._host.workers()
+        yield from _families(WORKER_METRICS, (), [((), workers)])
+        yield self._latency()
+        views: list[VmView] = self._host.views()
+        yield _count_by_state(views)
+        yield from _families(VM_METRICS, ("name",), [((vm.name,), vm) for vm in views])
+        yield from _exits((vm.name, self._host.exits(vm.name)) for vm in views)
+
+    def _latency(self) -> Metric:
+        counts, seconds = self._host.latency()
+        bounds = [*(str(bound / 1e9) for bound in LATENCY_BOUNDS_NS), "+Inf"]
+        return HistogramMetricFamily(
+            "hostd_scheduler_wakeup_latency_seconds",
+            "Time from the wake-up of a halted guest to its turn on a CPU.",
+            buckets=list(zip(bounds, accumulate(counts), strict=True)), sum_value=seconds)
+
+
+def _families(rows: Iterable[_Row], labels: tuple[str, ...],
+              subjects: list[tuple[tuple[str, ...], _Subject]]) -> Iterator[Metric]:
+    """The rows' metrics over all subjects, each given with the values of `labels`."""
+    for row in rows:
+        family = row.family(row.name, row.help, labels=(*labels, *row.labels))
+        for values, subject in subjects:
+            for more, value in row.samples(subject):
+                family.add_metric((*values, *more), value)
+        yield family
+
+
+def _count_by_state(views: Iterable[VmView]) -> Metric:
+    count = dict.fromkeys(State, 0)
+    for vm in views:
+        count[vm.state] += 1
+    family = GaugeMetricFamily("hostd_vms", "VMs by state.", labels=("state",))
+    for state, vms in count.items():
+        family.add_metric((state.value,), vms)
+    return family
+
+
+def _exits(rows_of: Iterable[tuple[str, list[ExitRow]]]) -> tuple[Metric, Metric]:
+    """Exits by reason; a reason appears with the VM's first exit for it, since most VMs never have most."""
+    counts = CounterMetricFamily("hostd_vm_exits", "Exits from the guest by reason.",
+                                 labels=("name", "reason"))
+    times = CounterMetricFamily("hostd_vm_exit_handling_seconds", "Time spent handling the guest's exits.",
+                                labels=("name", "reason"))
+    for name, rows in rows_of:
+        totals: dict[str, tuple[int, float]] = {}
+        for row in rows:
+            reason = reason_of(row.code)
+            count, seconds = totals.get(reason, (0, 0.0))
+            totals[reason] = (count + row.count, seconds + row.seconds)
+        for reason, (count, seconds) in totals.items():
+            counts.add_metric((name, reason), count)
+            times.add_metric((name, reason), seconds)
+    return counts, times
+
+
+def make_metrics_app(host: Host) -> ASGIApp:
+    """The application that serves GET /metrics, as text or OpenMetrics, whichever the scraper prefers."""
+    registry = CollectorRegistry()
+    registry.register(HostCollector(host))
+    ProcessCollector(registry=registry)             # process_*: CPU, memory, files of the daemon itself
+
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(registry), headers={"Content-Type": content_type})
+
+    async def root(request: Request) -> Response:
+        return PlainTextResponse(CONTENT_OF_ROOT)
+
+    return Starlette(routes=[Route("/metrics", metrics), Route("/", root)])
