@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The project's own guest kernels: small multiboot images, built from `src/` by `build.py`.
 
-=======  ==========================================================================================
-idle     sleeps in HLT, one-shot timer; prints `idle: tick N`                     ms=1000 ticks=0
-primes   processor-bound; prints `primes: COUNT below LIMIT`                      limit=20000 loop
+=======  ===================================================================  =======================
+fuzz     a hostile guest: garbage to every port, to empty addresses, to MSRs   seed=1 rounds=20000 all
+idle     sleeps in HLT on a one-shot timer; prints `idle: tick N`              ms=1000 ticks=0
+mix      paging, ring-3 tasks, preemption, fork, copy-on-write; a checksum     rounds=4 tasks=8
+primes   processor-bound; prints `primes: COUNT below LIMIT`                   limit=20000 loop
 triple   triple-faults with its second instruction
-=======  ==========================================================================================
+=======  ===================================================================  =======================
 
 All but `triple` print on COM1 and end with status 0 at the debug-exit port (0xf4).
 """

@@ -21,6 +21,7 @@ _TRAPS = ("trap.S", "trap.c")
 
 #: kernel name -> its source files
 KERNELS: dict[str, tuple[str, ...]] = {
+    "fuzz": (*_COMMON, *_TRAPS, "fuzz.c"),
     "idle": (*_COMMON, *_TRAPS, "idle.c"),
     "mix": (*_COMMON, *_TRAPS, "mix.c", "mix_memory.c", "mix_user.c"),
     "primes": (*_COMMON, "primes.c"),
