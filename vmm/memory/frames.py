@@ -196,21 +196,18 @@ class FrameAllocator:
         leaf[:] = 0
 
     def reclaim(self, borrower: int, leaves: Iterable[np.ndarray]) -> int:
-        """A borrower is gone: what it had in stock is free again, and share counts are counted afresh.
+        """A borrower is gone and its guests are freed: what it had in stock is free again.
 
-        `leaves` are the P2M arrays of all guests that exist.  Returns the number of frames that came back.
+        `leaves` are the P2M arrays of all guests that exist (a guest that moved took its frames along).  Share
+        counts stay: what other borrowers have dropped may still be on its way here, and would be dropped twice.
+        Returns the number of frames that came back.
         """
-        used = np.zeros(self.pool.frames, dtype=bool)
-        refs = np.zeros(self.pool.frames, dtype=np.uint32)
+        stock = self._owner == LOAN + borrower
+        stock &= self._refs == 0
         for leaf in leaves:
-            private, shared = self.split(leaf)
-            used[private] = True
-            np.add.at(refs, shared, 1)
-        used |= refs > 0
-        lost = np.flatnonzero((self._refs > 0) & (refs == 0))
-        self._refs = refs
-        stock = np.flatnonzero((self._owner == LOAN + borrower) & ~used)
-        back = np.union1d(lost, stock)
+            private, _ = self.split(leaf)
+            stock[private] = False
+        back = np.flatnonzero(stock)
         self._free_frames(back)
         return len(back)
 
