@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 #: program -> the Debian package it comes in
-PACKAGES = {"prometheus": "prometheus", "promtool": "prometheus", "systemd-analyze": "systemd"}
+PACKAGES = {"gcc": "gcc", "prometheus": "prometheus", "promtool": "prometheus", "systemd-analyze": "systemd"}
 
 
 def needs(program: str) -> pytest.MarkDecorator:

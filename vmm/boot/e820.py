@@ -20,7 +20,7 @@ LOW_END = 0x9FC00
 FIRMWARE_START = 0xE0000
 HIGH_START = 0x100000
 
-MEMORY_MIN = 2 << 20
+MEMORY_MIN = 1 << 20
 #: above are the I/O APIC, the local APIC and the reset vector; this board has no memory over 4 GiB
 MEMORY_MAX = 3 << 30
 
@@ -40,9 +40,10 @@ def regions(memory_bytes: int) -> list[Region]:
     if not MEMORY_MIN <= memory_bytes <= MEMORY_MAX or memory_bytes % 4096:
         raise BootError(f"a machine cannot have {memory_bytes} bytes of memory: "
                         f"whole pages from {MEMORY_MIN >> 20} MiB to {MEMORY_MAX >> 30} GiB are possible")
-    return [
+    everything = [
         Region(0, LOW_END, RAM),
         Region(LOW_END, 0xA0000 - LOW_END, RESERVED),
         Region(FIRMWARE_START, HIGH_START - FIRMWARE_START, RESERVED),
         Region(HIGH_START, memory_bytes - HIGH_START, RAM),
     ]
+    return [region for region in everything if region.size]

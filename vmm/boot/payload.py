@@ -54,11 +54,9 @@ def _lz4(data: Data, size: int) -> bytes:
     """The legacy frame of `lz4 -l`: a magic number, then blocks, each after its packed size."""
     blocks: list[bytes] = []
     at, left = 4, size
-    while left > 0:
+    while left > 0 and at + 4 < len(data):
         packed = int.from_bytes(data[at : at + 4], "little")
         block = lz4.block.decompress(data[at + 4 : at + 4 + packed], uncompressed_size=min(_LZ4_BLOCK, left))
-        if not block:
-            break
         blocks.append(block)
         at, left = at + 4 + packed, left - len(block)
     return b"".join(blocks)
@@ -91,10 +89,11 @@ def _checked(name: str, decompress: Callable[[Data, int], bytes], data: memoryvi
     if size > limit:
         raise BootError(f"the kernel unpacks to {size >> 20} MiB, and may have {limit >> 20} MiB at most")
     try:
-        unpacked = decompress(data, size)
+        # One byte more than declared shows a lie, and is never 0, which zlib takes for "no limit".
+        unpacked = decompress(data, size + 1)
     except _UNREADABLE as error:
         raise BootError(f"the kernel's {name} payload is corrupt: {error}") from None
     if len(unpacked) != size:
-        raise BootError(f"the kernel's {name} payload is corrupt: it unpacks to {len(unpacked)} bytes "
-                        f"and declares {size}")
+        raise BootError(f"the kernel's {name} payload is corrupt: it declares {size} bytes and "
+                        f"unpacks to {'more' if len(unpacked) > size else len(unpacked)}")
     return unpacked

@@ -31,7 +31,8 @@ KERNELS: dict[str, tuple[str, ...]] = {
 _FLAGS = [
     *("-m32", "-march=i686", "-mno-sse", "-mno-mmx", "-std=gnu11", "-Os"),
     *("-Wall", "-Wextra", "-Werror", "-Wa,--fatal-warnings"),
-    *("-ffreestanding", "-fno-builtin", "-fno-tree-loop-distribute-patterns", "-fno-pic", "-no-pie", "-static", "-nostdlib"),
+    *("-ffreestanding", "-fno-builtin", "-fno-tree-loop-distribute-patterns", "-nostdlib"),
+    *("-fno-pic", "-no-pie", "-static"),
     *("-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none"),
     *("-Wl,--build-id=none", "-Wl,--nmagic", "-Wl,-z,noexecstack", "-Wl,-z,norelro", "-Wl,--strip-all"),
 ]
