@@ -24,9 +24,14 @@ import msgspec
 
 from hostd import storage
 from hostd.errors import Conflict, Invalid, NotFound, TooLarge
-from hostd.model import MAX_MEMORY, BlobView, ImageSpec, ImageView
+from hostd.loader import BootFiles
+from hostd.model import MAX_MEMORY, BlobView, Definition, ImageSpec, ImageView
 
 GRACE_S = 3600.0
+
+
+class NotAKernel(Invalid):
+    """The blob is not a kernel that boots here."""
 
 
 class StoredImage(ImageSpec):
@@ -119,7 +124,7 @@ class Images:
             unpacked = path.read_bytes() if path.exists() else unpack(self.read_blob(sha256))
             kind = load(unpacked, memory_bytes=MAX_MEMORY).kind
         except BootError as error:
-            raise Invalid(f"kernel: {error}") from None
+            raise NotAKernel(str(error)) from None
         if not path.exists():
             storage.write(path, unpacked)
         return kind
@@ -131,6 +136,23 @@ class Images:
         except FileNotFoundError:
             self.prepare_kernel(sha256)
             return (self._unpacked / sha256).read_bytes()
+
+    def discard(self, sha256: str) -> None:
+        """Remove a blob that is good for nothing, unless an image names it."""
+        if not any(sha256 in (image.kernel, image.initrd) for image in self._images.values()):
+            (self._blobs / sha256).unlink(missing_ok=True)
+
+    def boot_files(self, definition: Definition) -> BootFiles:
+        """What a VM boots from: its own kernel, or its image's."""
+        if definition.image is not None:
+            image = self.get(definition.image)
+            kernel, initrd, append = image.kernel, image.initrd, image.append
+        else:
+            assert definition.kernel is not None
+            kernel, initrd, append = definition.kernel, definition.initrd, ""
+        if definition.append is not None:
+            append = definition.append
+        return BootFiles(self.read_kernel(kernel), self.read_blob(initrd) if initrd else None, append)
 
     def collect(self, used: Collection[str]) -> None:
         """Remove blobs that no image and none of `used` names, and that nobody asked for in the last hour."""

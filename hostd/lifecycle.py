@@ -58,6 +58,7 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (_S.STARTING, _T.LOADED): _S.RUNNING,
     (_S.STARTING, _T.PAUSE): _S.PAUSED,
     (_S.STARTING, _T.ABANDON): _S.DEFINED,
+    (_S.STARTING, _T.POWER_OFF): _S.HALTED,
     (_S.STARTING, _T.CRASH): _S.CRASHED,
 
     (_S.RUNNING, _T.PAUSE): _S.PAUSED,
@@ -72,6 +73,7 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (_S.PAUSED, _T.CRASH): _S.CRASHED,
 
     (_S.MIGRATING, _T.MOVED): _S.RUNNING,
+    (_S.MIGRATING, _T.PAUSE): _S.PAUSED,
     (_S.MIGRATING, _T.POWER_OFF): _S.HALTED,
     (_S.MIGRATING, _T.CRASH): _S.CRASHED,
     (_S.MIGRATING, _T.RESET): _S.STARTING,

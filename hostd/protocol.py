@@ -38,6 +38,9 @@ class Adopt(Message, frozen=True):
     base_frame: int
     memory_bytes: int
     state: bytes
+    #: 0: the guest was paused, and its clock goes on from where it stood; else it was running until this host
+    #: monotonic time, and what passed since then has passed for it, too
+    since_ns: int
     weight: int
     cap: int
 

@@ -28,6 +28,8 @@ from hostd.model import WorkerView
 
 log = logging.getLogger(__name__)
 
+#: what runs a worker; hostd/worker.py says what the arguments after it are
+WORKER_COMMAND = (sys.executable, "-m", "hostd.worker")
 #: how often workers are asked whether they are alive, and how long they may leave it unanswered
 HEARTBEAT_S = 1.0
 HANG_S = 15.0
@@ -83,12 +85,11 @@ class Worker:
             log.error("worker does not take messages", extra={"worker": self.index})
             self.kill()
 
-    async def send_patiently(self, message: protocol.ToWorker) -> None:
-        """Queue a message once there is little in front of it."""
+    async def room(self) -> None:
+        """Wait until little is queued."""
         while self._queued > INPUT_BACKLOG and not self.dead:
             self._drained = trio.Event()
             await self._drained.wait()
-        self.send(message)
 
     def kill(self) -> None:
         """End the process.  The rest follows from its death."""
@@ -121,7 +122,7 @@ class Workers:
 
     def __init__(self, count: int, pool_fd: int, pool_bytes: int, listener: Listener,
                  log_options: tuple[str, str] = ("info", "text"),
-                 command: Sequence[str] = (sys.executable, "-m", "hostd.worker")) -> None:
+                 command: Sequence[str] = WORKER_COMMAND) -> None:
         self._command = command
         self._arguments = [str(pool_fd), str(pool_bytes), *log_options]
         self._pool_fd = pool_fd

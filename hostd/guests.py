@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is done to guests: start, pause, move, end; and what follows when they end by themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from hostd import protocol
+from hostd.errors import Conflict, HostError, NotFound
+from hostd.events import Events
+from hostd.images import Images
+from hostd.inventory import Inventory
+from hostd.leases import Leases
+from hostd.lifecycle import RESIDENT, Policy, State, Trigger
+from hostd.loader import fill, lay_out
+from hostd.memory import MachineMemory
+from hostd.placement import Placement
+from hostd.vm import Vm
+from hostd.workers import Worker, Workers
+
+log = logging.getLogger(__name__)
+
+Step = Callable[[str, float], None]
+
+
+class Guests:
+    """All VMs."""
+
+    def __init__(self, nursery: trio.Nursery, memory: MachineMemory, images: Images, inventory: Inventory,
+                 events: Events) -> None:
+        self.vms: dict[str, Vm] = {}
+        self.placement = Placement()
+        self.leases = Leases(memory, events, self._end)
+        #: set by the host once they can be started, with `leases` as their listener
+        self.workers: Workers
+        #: the host is going down: guests that end stay ended
+        self.closing = False
+        self._nursery = nursery
+        self._memory = memory
+        self._images = images
+        self._inventory = inventory
+        self._events = events
+
+    @asynccontextmanager
+    async def changing(self, vm: Vm) -> AsyncIterator[None]:
+        """Hold the VM's lock.  Raises NotFound if it was destroyed while waiting for it."""
+        async with vm.lock:
+            if vm.destroyed:
+                raise NotFound(f"VM {vm.name} was destroyed")
+            yield
+
+    # --- what users and policies do ---------------------------------------------------------------
+
+    async def start(self, vm: Vm, step: Step) -> None:
+        self.give_up_start(vm)
+        async with self.changing(vm):
+            vm.follow(Trigger.START)
+            await self._boot(vm, step)
+
+    async def pause(self, vm: Vm) -> None:
+        async with self.changing(vm):
+            await self.park(vm)
+
+    async def park(self, vm: Vm) -> None:
+        """Take a running guest back.  The caller holds its lock."""
+        vm.check(Trigger.PAUSE)
+        released = await self.leases.release(vm)
+        vm.parked = released.state
+        vm.follow(Trigger.PAUSE)
+
+    async def resume(self, vm: Vm) -> None:
+        async with self.changing(vm):
+            await self.unpark(vm)
+
+    async def unpark(self, vm: Vm) -> None:
+        """Give a parked guest to a worker.  The caller holds its lock."""
+        vm.check(Trigger.RESUME)
+        worker = await self._choose()
+        await self.leases.adopt(vm, worker, vm.parked, Trigger.RESUME)
+
+    async def stop(self, vm: Vm, force: bool, timeout: float) -> None:
+        """Press the power button and cut the power `timeout` seconds later, or at once with `force`."""
+        vm.stopping = True
+        try:
+            self.give_up_start(vm)
+            async with self.changing(vm):
+                if vm.state not in RESIDENT:
+                    return
+                if force or vm.worker is None or not timeout:
+                    await self._cut(vm)
+                    return
+                life = vm.boots
+                vm.worker.send(protocol.PowerButton(vm.lease))
+            with trio.move_on_after(timeout):
+                while vm.state in RESIDENT and vm.boots == life:
+                    await vm.activity.wait()
+                return
+            async with self.changing(vm):
+                if vm.state in RESIDENT and vm.boots == life:
+                    await self._cut(vm)
+        finally:
+            vm.stopping = False
+
+    async def reset(self, vm: Vm, step: Step) -> None:
+        async with self.changing(vm):
+            vm.check(Trigger.RESET)
+            if vm.worker is not None:
+                await self.leases.release(vm)
+            self._end(vm, Trigger.RESET, "reset", follow_up=False)
+            await self._boot(vm, step)
+
+    async def destroy(self, vm: Vm, force: bool) -> None:
+        self.give_up_start(vm)
+        vm.stopping = True
+        try:
+            async with self.changing(vm):
+                if vm.state in RESIDENT:
+                    if not force:
+                        raise Conflict(f"VM {vm.name} is {vm.state}: stop it first, or destroy it by force")
+                    await self._cut(vm)
+                await trio.to_thread.run_sync(self._inventory.remove, vm.name)
+                self.forget(vm)
+        finally:
+            vm.stopping = False
+
+    async def move(self, vm: Vm, target: Worker) -> None:
+        """Have another worker run the guest from here on."""
+        async with self.changing(vm):
+            vm.follow(Trigger.MOVE)
+            released = await self.leases.release(vm)
+            worker = target if target.ready else next(iter(self.workers.ready), None)
+            if worker is None:
+                vm.parked = released.state
+                vm.follow(Trigger.PAUSE, "no worker was left to run it")
+                return
+            await self.leases.adopt(vm, worker, released.state, Trigger.MOVED, released.at_ns)
+            self._events.publish("vm.moved", vm.name, worker=worker.index)
+
+    async def try_move(self, vm: Vm, target: Worker) -> None:
+        """Move for the balancer's sake: not worth waiting for, and no harm if it does not work out."""
+        if vm.lock.locked():
+            return
+        try:
+            await self.move(vm, target)
+        except HostError as error:
+            log.info("guest not moved", extra={"vm": vm.name, "why": str(error)})
+
+    def give_up_start(self, vm: Vm) -> None:
+        """Cancel a start under way, or the wait for a restart."""
+        if vm.starting is not None:
+            vm.starting.cancel()
+
+    async def _choose(self) -> Worker:
+        return self.placement.place(await self.workers.wait_ready(), self.vms.values())
+
+    # --- definitions ------------------------------------------------------------------------------
+
+    def add(self, vm: Vm) -> None:
+        self.vms[vm.name] = vm
+        self._events.publish("vm.defined", vm.name, template=vm.definition.template)
+
+    def forget(self, vm: Vm) -> None:
+        """The VM's definition is gone, and so is the VM."""
+        vm.destroyed = True
+        del self.vms[vm.name]
+        self._events.publish("vm.destroyed", vm.name)
+        vm.console.close()
+        vm.activity.notify()
+
+    # --- lives ------------------------------------------------------------------------------------
+
+    async def _boot(self, vm: Vm, step: Step) -> None:
+        """From STARTING to RUNNING, or to DEFINED with nothing left behind.  The caller holds the lock."""
+        with trio.CancelScope() as vm.starting:
+            try:
+                step("reading the kernel", 0.1)
+                files = await trio.to_thread.run_sync(self._images.boot_files, vm.definition)
+                image = await trio.to_thread.run_sync(lay_out, files, vm.definition.memory)
+                step("filling memory", 0.4)
+                vm.block = self._memory.new(vm.definition.memory)
+                state = await fill(self._memory, vm.block, image)
+                step("waiting for a worker", 0.8)
+                worker = await self._choose()
+                vm.console.mark_boot()
+                vm.begin_life()
+                await self.leases.adopt(vm, worker, state, Trigger.LOADED)
+            except BaseException as error:
+                if vm.state == State.STARTING:
+                    self._free(vm)
+                    vm.follow(Trigger.ABANDON,
+                              f"not started: {error}" if isinstance(error, HostError) else "start given up")
+                raise
+            finally:
+                vm.starting = None
+            return
+        raise Conflict(f"the start of VM {vm.name} was given up")
+
+    async def launch_clone(self, vm: Vm, state: bytes) -> None:
+        """Give a clone, whose memory is there, to a worker."""
+        worker = await self._choose()
+        vm.begin_life()
+        await self.leases.adopt(vm, worker, state, Trigger.LOADED)
+
+    async def _cut(self, vm: Vm) -> None:
+        """Cut the power.  The caller holds the lock."""
+        if vm.worker is not None:
+            try:
+                await self.leases.release(vm)
+            except HostError:
+                if vm.state not in RESIDENT:
+                    return                          # it ended by itself in the same moment
+                raise
+        self._end(vm, Trigger.POWER_OFF, "power cut", follow_up=False)
+
+    def _end(self, vm: Vm, trigger: Trigger, reason: str, follow_up: bool = True) -> None:
+        """A life is over: tell, free the memory, and do what the policy says.  No worker has the guest."""
+        if trigger is Trigger.RESET and follow_up and (vm.stopping or self.closing):
+            trigger = Trigger.POWER_OFF
+        lived = vm.age()
+        vm.crashes += trigger is Trigger.CRASH
+        self._free(vm)
+        vm.follow(trigger, reason)
+        log.log(logging.WARNING if trigger is Trigger.CRASH else logging.INFO, "guest ended",
+                extra={"vm": vm.name, "state": str(vm.state), "why": reason})
+        if not follow_up or vm.stopping or self.closing:
+            return
+        policy = {Trigger.RESET: Policy.RESTART, Trigger.CRASH: vm.definition.on_crash,
+                  Trigger.POWER_OFF: vm.definition.on_poweroff}[trigger]
+        if policy is Policy.RESTART:
+            vm.starting = trio.CancelScope()
+            self._nursery.start_soon(self._restart, vm, vm.starting, vm.backoff.delay(lived),
+                                     name=f"restart {vm.name}")
+        elif policy is Policy.DESTROY:
+            self._nursery.start_soon(self._destroy_by_policy, vm, name=f"destroy {vm.name}")
+
+    async def _restart(self, vm: Vm, wait: trio.CancelScope, delay: float) -> None:
+        """Start again a guest that ended by itself, after `delay`, unless someone else decides otherwise."""
+        state, life = vm.state, vm.boots
+        with wait:
+            await trio.sleep(delay)
+        try:
+            async with self.changing(vm):
+                if (vm.state, vm.boots) != (state, life):
+                    return
+                if wait.cancelled_caught:
+                    if state == State.STARTING:
+                        vm.follow(Trigger.ABANDON, "start given up")
+                    return
+                if state != State.STARTING:         # after a reset it is STARTING already
+                    vm.follow(Trigger.START)
+                await self._boot(vm, lambda phase, progress: None)
+        except HostError as error:
+            log.error("restart failed", extra={"vm": vm.name, "why": str(error)})
+
+    async def _destroy_by_policy(self, vm: Vm) -> None:
+        try:
+            await self.destroy(vm, force=False)
+        except HostError as error:
+            log.error("destroy by policy failed", extra={"vm": vm.name, "why": str(error)})
+
+    def _free(self, vm: Vm) -> None:
+        """Give the guest's memory back, keeping its counters."""
+        vm.parked = b""
+        if vm.block is None:
+            return
+        block, vm.block = vm.block, None
+        vm.ledger.fold(block)
+        self._memory.free(block)
+        self.leases.feed_hungry()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whose hands a guest is in: a worker's, or the daemon's.
+
+A worker has a guest from Adopt on.  To do anything to it but type, press its power button or change its
+share, the daemon takes it back (Release), does it, and gives it to a worker again.  So a paused guest
+survives the death of every worker, and nobody ever reads the memory of a running one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import trio
+
+from hostd import protocol
+from hostd.errors import Conflict, Failed, HostError
+from hostd.events import Events
+from hostd.lifecycle import Trigger
+from hostd.memory import MachineMemory
+from hostd.vm import Vm
+from hostd.workers import Worker
+
+log = logging.getLogger(__name__)
+
+#: frames a worker is given at once at most
+MAX_GRANT = 1 << 14
+
+T = TypeVar("T")
+
+
+class Reply(Generic[T]):
+    """The answer to a message, when it comes."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+        self._value: T | None = None
+        self._error: HostError | None = None
+
+    def set(self, value: T) -> None:
+        self._value = value
+        self._event.set()
+
+    def fail(self, error: HostError) -> None:
+        self._error = error
+        self._event.set()
+
+    async def wait(self) -> T:
+        """The answer.  Not to be cancelled: workers answer at once, or are killed and then this fails."""
+        with trio.CancelScope(shield=True):
+            await self._event.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value  # type: ignore[return-value]
+
+
+class Leases:
+    """The guests that workers have (hostd.workers.Listener)."""
+
+    def __init__(self, memory: MachineMemory, events: Events,
+                 ended: Callable[[Vm, Trigger, str], None]) -> None:
+        self._memory = memory
+        self._events = events
+        #: called when a guest has ended, or is lost, and no worker has it any more
+        self._ended = ended
+        self._numbers = itertools.count(1)
+        self._held: dict[str, Vm] = {}
+        self._adopting: dict[str, tuple[Trigger, Reply[None]]] = {}
+        self._releasing: dict[str, Reply[protocol.Released]] = {}
+        #: frames that workers asked for and that were not there
+        self._hungry: dict[Worker, int] = {}
+        self._on: dict[type, Callable[[Worker, Any], None]] = {
+            protocol.Adopted: self._on_adopted,
+            protocol.Released: self._on_released,
+            protocol.Refused: self._on_refused,
+            protocol.Stopped: self._on_stopped,
+            protocol.Console: self._on_console,
+            protocol.NeedFrames: self._on_need_frames,
+            protocol.Dropped: self._on_dropped,
+        }
+
+    async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0) -> None:
+        """Give the guest to `worker`; when it has it, `trigger` happens."""
+        assert vm.block is not None and vm.worker is None
+        vm.worker, vm.lease = worker, f"{vm.name}#{next(self._numbers)}"
+        self._held[vm.lease] = vm
+        reply = Reply[None]()
+        self._adopting[vm.lease] = trigger, reply
+        worker.send(protocol.Adopt(
+            vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
+            since_ns=since_ns, weight=vm.definition.weight, cap=vm.definition.cap))
+        if worker.dead:
+            why = f"worker {worker.index} died"
+            self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
+            self._ended(vm, Trigger.CRASH, why)
+        await reply.wait()
+
+    async def release(self, vm: Vm) -> protocol.Released:
+        """Take the guest back from its worker.  Raises Conflict if it ended first, Failed if the
+        worker did."""
+        assert vm.worker is not None
+        reply = self._releasing[vm.lease] = Reply[protocol.Released]()
+        vm.worker.send(protocol.Release(vm.lease))
+        return await reply.wait()
+
+    def _hand_back(self, vm: Vm) -> None:
+        """The worker does not have the guest any more."""
+        del self._held[vm.lease]
+        vm.worker, vm.lease = None, ""
+
+    def on_message(self, worker: Worker, message: protocol.ToDaemon) -> None:
+        handler = self._on.get(type(message))
+        if handler is None:
+            return
+        lease = getattr(message, "vm", None)
+        if lease is not None:
+            vm = self._held.get(lease)
+            if vm is None and isinstance(message, protocol.Refused) and message.request == "release":
+                return                              # it ended before our Release arrived
+            if vm is None or vm.worker is not worker:
+                raise protocol.ProtocolError(f"{type(message).__name__} about {lease}, which is not its own")
+        handler(worker, message)
+
+    def on_death(self, worker: Worker, why: str) -> None:
+        for vm in [vm for vm in self._held.values() if vm.worker is worker]:
+            self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
+            self._ended(vm, Trigger.CRASH, why)
+        self._hungry.pop(worker, None)
+        self._memory.reclaim(worker.index)
+        self._events.publish("worker", index=worker.index, state="died", reason=why)
+
+    def _lost(self, vm: Vm, error: HostError) -> None:
+        """The guest came out of its worker's hands otherwise than asked: whoever waits is told."""
+        _, adopting = self._adopting.pop(vm.lease, (None, None))
+        releasing = self._releasing.pop(vm.lease, None)
+        self._hand_back(vm)
+        for reply in adopting, releasing:
+            if reply is not None:
+                reply.fail(error)
+
+    def _on_adopted(self, worker: Worker, message: protocol.Adopted) -> None:
+        # Invariant: the state changes here and not in whoever waits, because the guest's own end may be the
+        # next message.
+        trigger, reply = _expected(self._adopting, message)
+        vm = self._held[message.vm]
+        vm.parked = b""
+        vm.follow(trigger)
+        reply.set(None)
+
+    def _on_released(self, worker: Worker, message: protocol.Released) -> None:
+        reply = _expected(self._releasing, message)
+        self._hand_back(self._held[message.vm])
+        reply.set(message)
+
+    def _on_refused(self, worker: Worker, message: protocol.Refused) -> None:
+        vm = self._held[message.vm]
+        self._lost(vm, Failed(f"VM {vm.name}: {message.reason}"))
+        self._ended(vm, Trigger.CRASH, message.reason)
+
+    def _on_stopped(self, worker: Worker, message: protocol.Stopped) -> None:
+        vm = self._held[message.vm]
+        vm.exit_status = message.status
+        trigger, reason = _ENDINGS[message.why]
+        reason = message.detail or reason
+        self._lost(vm, Conflict(f"VM {vm.name} ended: {reason}"))
+        self._ended(vm, trigger, reason)
+
+    def _on_console(self, worker: Worker, message: protocol.Console) -> None:
+        self._held[message.vm].write_console(message.data)
+
+    def _on_need_frames(self, worker: Worker, message: protocol.NeedFrames) -> None:
+        extents = self._memory.lend(worker.index, min(message.count, MAX_GRANT))
+        if extents:
+            self._hungry.pop(worker, None)
+            worker.send(protocol.Grant(extents))
+        elif worker not in self._hungry:
+            log.warning("machine memory is exhausted: guests wait", extra={"worker": worker.index})
+            self._hungry[worker] = message.count
+
+    def feed_hungry(self) -> None:
+        """Memory came free: give it to the workers that wait for some."""
+        for worker, count in list(self._hungry.items()):
+            self._on_need_frames(worker, protocol.NeedFrames(count))
+
+    def _on_dropped(self, worker: Worker, message: protocol.Dropped) -> None:
+        block = self._held[message.vm].block
+        if block is not None:
+            self._memory.dropped(block, message.frames)
+
+
+
+
+def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released) -> T:
+    """What waits for this answer."""
+    try:
+        return replies.pop(message.vm)
+    except KeyError:
+        raise protocol.ProtocolError(f"{type(message).__name__} about {message.vm}, unasked") from None
+
+
+#: how a guest can end by itself: what happens to the VM, and what is said where the worker has no detail
+_ENDINGS: dict[str, tuple[Trigger, str]] = {
+    "poweroff": (Trigger.POWER_OFF, "powered off"),
+    "exit": (Trigger.POWER_OFF, "ended itself by the debug exit port"),
+    "reset": (Trigger.RESET, "reset itself"),
+    "crashed": (Trigger.CRASH, "crashed"),
+}

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The initial memory of a guest: firmware tables, kernel, initrd and command line, written into the pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from hostd.errors import Invalid
+from hostd.memory import MachineMemory
+from vmm.boot.image import BootError, BootImage
+from vmm.memory.block import VmBlock
+from vmm.memory.frames import Magazine
+from vmm.memory.physical import GuestMemory
+from vmm.memory.pool import PAGE_SHIFT
+from vmm.state import MachineState, encode
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """What a guest boots from."""
+
+    kernel: bytes
+    initrd: bytes | None
+    append: str
+
+
+def lay_out(files: BootFiles, memory_bytes: int) -> BootImage:
+    """What goes where.  Takes its time: call it in a thread.  Raises Invalid."""
+    from vmm.boot.image import load
+    from vmm.devices.acpi_tables import build
+
+    tables = build(memory_bytes)
+    rsdp = next((gpa for gpa, data in tables if data.startswith(b"RSD PTR ")), 0)
+    try:
+        return load(files.kernel, initrd=files.initrd, append=files.append, memory_bytes=memory_bytes,
+                    acpi_rsdp=rsdp, extra_writes=tables)
+    except BootError as error:
+        raise Invalid(str(error)) from None
+
+
+async def fill(memory: MachineMemory, block: VmBlock, image: BootImage) -> bytes:
+    """Write `image` into the empty guest memory `block`; the answer is the machine's state at power-on.
+
+    A fill that is cancelled has nevertheless ended when this returns: the block can be freed."""
+    pages: set[int] = set()
+    for gpa, data in image.writes:
+        pages.update(range(gpa >> PAGE_SHIFT, (gpa + len(data) - 1 >> PAGE_SHIFT) + 1))
+    magazine = memory.frames_for_loading(len(pages))
+    await trio.to_thread.run_sync(_write, block, magazine, image)
+    return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu))
+
+
+def _write(block: VmBlock, magazine: Magazine, image: BootImage) -> None:
+    guest = GuestMemory(block.p2m, magazine)
+    for gpa, data in image.writes:
+        guest.write(gpa, data)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One VM as the daemon holds it while it lives."""
+
+from __future__ import annotations
+
+import trio
+
+from hostd import lifecycle
+from hostd.console import Console
+from hostd.events import Events
+from hostd.ledger import Ledger, cpu_times
+from hostd.lifecycle import Backoff, State, Trigger
+from hostd.memory import MachineMemory
+from hostd.model import Definition, MemoryUsage, VmView
+from hostd.workers import Worker
+from vmm.memory.block import VmBlock
+
+
+class Signal:
+    """Something happened; whoever waits looks again.  Look and wait without an await between."""
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def notify(self) -> None:
+        self._event.set()
+        self._event = trio.Event()
+
+    async def wait(self) -> None:
+        await self._event.wait()
+
+
+class Vm:
+    """A VM.
+
+    Invariant: `worker` and `lease` are set from the moment an Adopt is sent until the worker's Stopped,
+    Released or Refused is received, or the worker is dead.  While they are, the worker alone writes to the
+    memory.
+    Invariant: `block` is set only in the states of lifecycle.RESIDENT; `parked` exactly in PAUSED.
+    """
+
+    def __init__(self, definition: Definition, events: Events) -> None:
+        self.definition = definition
+        self.state = State.DEFINED
+        #: why it is in that state, where that is worth telling
+        self.reason = ""
+        self.console = Console()
+        self.ledger = Ledger()
+        self.backoff = Backoff()
+        #: held by whoever changes the VM on a user's or a policy's behalf
+        self.lock = trio.Lock()
+        #: notified on every change of state and all console output
+        self.activity = Signal()
+        self.block: VmBlock | None = None
+        self.worker: Worker | None = None
+        self.lease = ""
+        #: its MachineState while no worker has it
+        self.parked = b""
+        #: cancelling it gives up a start, or the wait for a restart
+        self.starting: trio.CancelScope | None = None
+        #: a user is ending this life: the policies do not apply
+        self.stopping = False
+        self.destroyed = False
+        self.born = 0.0
+        self.boots = 0
+        self.crashes = 0
+        self.exit_status: int | None = None
+        self._events = events
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    def follow(self, trigger: Trigger, reason: str = "") -> None:
+        """Change the state as the table says, and tell everyone.  Raises Conflict where it says nothing."""
+        before, self.state = self.state, lifecycle.follow(self.name, self.state, trigger)
+        self.reason = reason
+        self._events.publish("vm.state", self.name, state=self.state, before=before, reason=reason)
+        self.activity.notify()
+
+    def check(self, *triggers: Trigger) -> None:
+        """Raise Conflict unless one of `triggers` is possible now."""
+        if not any((self.state, trigger) in lifecycle.TRANSITIONS for trigger in triggers):
+            lifecycle.follow(self.name, self.state, triggers[0])
+
+    def begin_life(self) -> None:
+        """The guest starts from its first instruction."""
+        self.boots += 1
+        self.born = trio.current_time()
+        self.exit_status = None
+
+    def age(self) -> float:
+        """Seconds since it was started, 0 when it is not."""
+        return trio.current_time() - self.born if self.state in lifecycle.RESIDENT and self.born else 0.0
+
+    def write_console(self, data: bytes) -> None:
+        self.console.write(data)
+        self.activity.notify()
+
+    def view(self) -> VmView:
+        definition = self.definition
+        accounts = self.ledger.accounts(self.block)
+        usage = MachineMemory.usage(self.block) if self.block is not None else MemoryUsage()
+        return VmView(
+            name=self.name, state=self.state, reason=self.reason, vmm=definition.vmm,
+            memory=definition.memory,
+            weight=definition.weight, cap=definition.cap, on_crash=definition.on_crash,
+            on_poweroff=definition.on_poweroff, autostart=definition.autostart, image=definition.image,
+            kernel=definition.kernel, initrd=definition.initrd, append=definition.append,
+            template=definition.template, worker=self.worker.index if self.worker else None,
+            uptime_s=round(self.age(), 3), exit_status=self.exit_status, cpu=cpu_times(accounts),
+            memory_usage=usage, exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
+            world_switches=accounts["world_switches"], boots=self.boots, crashes=self.crashes)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Waiting for a VM to come to a state, or for something to appear on its console."""
+
+from __future__ import annotations
+
+import re
+
+from hostd.errors import Conflict, Invalid, NotFound
+from hostd.events import Events
+from hostd.lifecycle import AT_REST, Policy, State
+from hostd.vm import Vm
+
+#: a match may begin this many bytes before what is new on the console
+OVERLAP = 4096
+MAX_PATTERN = 1024
+
+
+def compile_pattern(expression: str) -> re.Pattern[bytes]:
+    """The regular expression over the console's bytes.  Raises Invalid."""
+    if len(expression) > MAX_PATTERN:
+        raise Invalid(f"console: a regular expression may have {MAX_PATTERN} characters")
+    try:
+        return re.compile(expression.encode(), re.MULTILINE)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Invalid(f"console: not a regular expression: {error}") from None
+
+
+def parse_state(name: str) -> State:
+    """Raises Invalid for a name that is none."""
+    try:
+        return State(name)
+    except ValueError:
+        raise Invalid(f"state: {name[:32]!r} is none of {', '.join(State)}") from None
+
+
+async def for_console(vm: Vm, pattern: re.Pattern[bytes]) -> None:
+    """Until the console, since the present boot, matches.  Raises Conflict if the guest ends before that."""
+    seen = vm.console.boot
+    running = vm.state not in AT_REST
+    while True:
+        seen = max(seen, vm.console.boot)
+        if pattern.search(vm.console.scrollback(max(vm.console.boot, seen - OVERLAP))):
+            return
+        seen = vm.console.written
+        _check_exists(vm)
+        if running and vm.state in AT_REST and vm.starting is None:
+            raise Conflict(f"VM {vm.name} is {vm.state} ({vm.reason}): its console will not match any more")
+        running = running or vm.state not in AT_REST
+        await vm.activity.wait()
+
+
+async def for_state(vm: Vm, state: State, events: Events) -> None:
+    """Until the VM is, or for a moment was, in `state`.  Raises Conflict if it crashes for good instead."""
+    with events.subscribe() as reader:
+        now = vm.state
+        while now != state:
+            _check_exists(vm)
+            if now == State.CRASHED and vm.definition.on_crash is Policy.STOP:
+                raise Conflict(f"VM {vm.name} is crashed: {vm.reason}")
+            event = await reader.receive()
+            while event.vm != vm.name:
+                event = await reader.receive()
+            now = event.data.get("state", now)
+
+
+def _check_exists(vm: Vm) -> None:
+    if vm.destroyed:
+        raise NotFound(f"VM {vm.name} was destroyed")
