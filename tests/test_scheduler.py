@@ -504,6 +504,6 @@ def test_totals_that_began_again_are_no_measurement() -> None:
 
 def test_a_new_guest_goes_to_the_least_loaded_worker() -> None:
     balancer = Balancer()
-    loads = [Load("w0", 100, 0, 0, 0), Load("w1", 400, 0, 0, 0), Load("gone", 1, 0, 0, 0)]
-    assert balancer.place(["w0", "w1"], loads) == "w0"
-    assert balancer.place(["w0", "w1", "w2"], loads) == "w2"
+    loads = [Load(0, 100, 0, 0, 0), Load(1, 400, 0, 0, 0), Load(9, 1, 0, 0, 0)]     # 9 is gone
+    assert balancer.place([0, 1], loads) == 0
+    assert balancer.place([0, 1, 2], loads) == 2

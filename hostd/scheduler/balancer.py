@@ -13,13 +13,11 @@ A move must gain more than it costs: `MOVE_GAIN` is the hysteresis, `moves_per_u
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from heapq import nlargest
 from typing import NamedTuple
 
 from hostd.scheduler.entitlement import CPU, Claim, fill, limit_of
-
-Worker = Hashable
 
 #: guests that want less than this are left where they are: they disturb nobody
 IDLE = CPU // 50
@@ -39,7 +37,7 @@ MIN_INTERVAL_NS = CPU // 10
 class Load(NamedTuple):
     """What the daemon knows of a guest: where it is, what it may use, and its two running totals."""
 
-    worker: Worker
+    worker: int
     weight: int
     cap: int
     run_ns: int
@@ -48,8 +46,8 @@ class Load(NamedTuple):
 
 class Move(NamedTuple):
     id: str
-    source: Worker
-    target: Worker
+    source: int
+    target: int
 
 
 class _Guest:
@@ -57,7 +55,7 @@ class _Guest:
 
     __slots__ = ("claim", "entitled", "id", "lag", "worker")
 
-    def __init__(self, id: str, worker: Worker, claim: Claim) -> None:
+    def __init__(self, id: str, worker: int, claim: Claim) -> None:
         self.id = id
         self.worker = worker
         self.claim = claim
@@ -77,7 +75,7 @@ class Balancer:
         self._last_time: int | None = None
         self._lags: dict[str, int] = {}
 
-    def place(self, workers: Sequence[Worker], loads: Iterable[Load]) -> Worker:
+    def place(self, workers: Sequence[int], loads: Iterable[Load]) -> int:
         """The worker for a new guest: the one with the least weight on it, then with the fewest guests."""
         weight = dict.fromkeys(workers, 0)
         count = dict.fromkeys(workers, 0)
@@ -87,7 +85,7 @@ class Balancer:
                 count[load.worker] += 1
         return min(workers, key=lambda worker: (weight[worker], count[worker]))
 
-    def update(self, now: int, workers: Sequence[Worker], loads: Mapping[str, Load]) -> list[Move]:
+    def update(self, now: int, workers: Sequence[int], loads: Mapping[str, Load]) -> list[Move]:
         """Take the measurements up to `now`; the answer is the moves to make."""
         before, since = self._last, self._last_time
         if since is not None and now - since < MIN_INTERVAL_NS:
@@ -130,8 +128,8 @@ class Balancer:
 class _Model:
     """A placement, and what it would do to the lags in the next second."""
 
-    def __init__(self, workers: Sequence[Worker], guests: Iterable[_Guest]) -> None:
-        self._members: dict[Worker, list[_Guest]] = {worker: [] for worker in workers}
+    def __init__(self, workers: Sequence[int], guests: Iterable[_Guest]) -> None:
+        self._members: dict[int, list[_Guest]] = {worker: [] for worker in workers}
         for guest in guests:
             if guest.claim.limit >= IDLE and guest.worker in self._members:
                 self._members[guest.worker].append(guest)
@@ -155,7 +153,7 @@ class _Model:
         """The move or the exchange that gains most, done in the model; nothing if none gains enough."""
         exchanged = EXCHANGED if moves_left >= 2 else 0
         best_gain = MOVE_GAIN
-        best: tuple[_Guest, _Guest | None, Worker] | None = None
+        best: tuple[_Guest, _Guest | None, int] | None = None
         for source, members in self._members.items():
             laggards = nlargest(exchanged, members, key=_Guest.relative_lag)
             for guest in members:
@@ -173,7 +171,7 @@ class _Model:
                             best_gain, best = gain, (guest, other, target)
         return self._do(*best) if best is not None else []
 
-    def _gain(self, guest: _Guest, other: _Guest | None, source: Worker, target: Worker) -> int:
+    def _gain(self, guest: _Guest, other: _Guest | None, source: int, target: int) -> int:
         here = [member for member in self._members[source] if member is not guest]
         there = [member for member in self._members[target] if member is not other]
         there.append(guest)
@@ -181,7 +179,7 @@ class _Model:
             here.append(other)
         return self._cost[source] + self._cost[target] - self._predict(here) - self._predict(there)
 
-    def _do(self, guest: _Guest, other: _Guest | None, target: Worker) -> list[Move]:
+    def _do(self, guest: _Guest, other: _Guest | None, target: int) -> list[Move]:
         source = guest.worker
         moves = []
         for moved, origin, destination in ((guest, source, target), (other, target, source)):

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The dashboard and the alerts, asked of a real Prometheus that scrapes a host: no answer may be empty."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import trio
+import yaml
+from hypercorn.config import Config
+from hypercorn.trio import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hostd.lifecycle import State
+from hostd.metrics import make_metrics_app
+from tests.fleet import Fleet
+from tests.tools import needs
+
+ETC = Path(__file__).parent.parent / "etc"
+PROMETHEUS = ETC / "prometheus" / "prometheus.yml"
+ALERTS = ETC / "prometheus" / "alerts.yml"
+DASHBOARD = json.loads((ETC / "grafana" / "dashboards" / "hostd.json").read_text())
+PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RULES: list[dict[str, Any]] = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"]
+                               for rule in group["rules"]]
+
+#: what Grafana puts in the place of variables before it asks
+VARIABLES = {"$__rate_interval": "1m", "$__interval": "5s", "$instance": ".*", "$name": ".*"}
+#: the threshold that ends every alert's expression
+THRESHOLD = re.compile(r"\s*(==|!=|<=?|>=?)\s*[0-9.]+\s*\Z")
+#: so many scrapes make a rate of every counter
+SCRAPES = 4
+
+
+class CountedApp:
+    """The metrics, and word of how often they were fetched; the fleet lives on between two scrapes."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._app: ASGIApp = make_metrics_app(fleet.as_host())
+        self._left = SCRAPES
+        self.fetched = trio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # The scraper asks again only when it has stored the last answer.
+            if self._left == 0:
+                self.fetched.set()
+            self._left -= 1
+            self._fleet.live(0.2)
+        await self._app(scope, receive, send)
+
+
+@asynccontextmanager
+async def served(app: ASGIApp) -> AsyncIterator[str]:
+    """The application on a free loopback port, as the daemon serves it; the value is host:port."""
+    config = Config()
+    config.bind = ["127.0.0.1:0"]
+    config.graceful_timeout = 0
+    config.accesslog = config.errorlog = None
+    async with trio.open_nursery() as nursery:
+        urls = await nursery.start(partial(serve, app, config, mode="asgi"))
+        yield httpx.URL(urls[0]).netloc.decode()
+        nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def prometheus(target: str, directory: Path) -> AsyncIterator[str]:
+    """A real Prometheus with the project's configuration, scraping `target` in haste; the value is its URL."""
+    text = PROMETHEUS.read_text().replace("127.0.0.1:9177", target).replace(": 5s", ": 200ms")
+    (directory / "prometheus.yml").write_text(text)
+    (directory / "alerts.yml").write_text(ALERTS.read_text())
+    command = ["prometheus", f"--config.file={directory}/prometheus.yml",
+               f"--storage.tsdb.path={directory}/data", "--web.listen-address=127.0.0.1:0"]
+    async with trio.open_nursery() as nursery:
+        process: trio.Process = await nursery.start(partial(trio.run_process, command, check=False,
+                                                            stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        assert process.stderr is not None
+        log = ""
+        async for chunk in process.stderr:
+            log += chunk.decode()
+            address = re.search(r"Listening on\W.*?address=(\S+:\d+)", log)
+            if address and "Server is ready" in log:
+                break
+        else:
+            pytest.fail(f"prometheus did not start:\n{log}")
+        nursery.start_soon(_drain, process.stderr)
+        yield f"http://{address[1]}"
+        nursery.cancel_scope.cancel()
+
+
+async def _drain(stream: trio.abc.ReceiveStream) -> None:
+    async for _ in stream:
+        pass
+
+
+async def query(client: httpx.AsyncClient, expression: str) -> list[Any]:
+    """The result of an instant query; an error fails the test."""
+    answer = (await client.get("/api/v1/query", params={"query": expression})).json()
+    assert answer["status"] == "success", f"{expression}: {answer.get('error')}"
+    result: list[Any] = answer["data"]["result"]
+    return result
+
+
+def substituted(expression: str) -> str:
+    for variable, value in VARIABLES.items():
+        expression = expression.replace(variable, value)
+    return expression
+
+
+@pytest.mark.slow
+@needs("prometheus")
+async def test_every_panel_and_every_alert_has_data(tmp_path: Path) -> None:
+    fleet = Fleet("web", "db", "cache")
+    fleet.add("broken", State.CRASHED)
+    app = CountedApp(fleet)
+    with trio.fail_after(60):
+        async with served(app) as target, prometheus(target, tmp_path) as url:
+            await app.fetched.wait()
+            async with httpx.AsyncClient(base_url=url) as client:
+                for panel in PANELS:
+                    for sought in panel["targets"]:
+                        result = await query(client, substituted(sought["expr"]))
+                        _check_result(panel["title"], sought, result)
+                for rule in RULES:
+                    measured, found = THRESHOLD.subn("", rule["expr"])
+                    assert found == 1, f"{rule['alert']} does not end with a threshold"
+                    assert await query(client, measured), f"{rule['alert']} measures nothing"
+                    await query(client, rule["expr"])
+                for variable in DASHBOARD["templating"]["list"]:
+                    values = re.fullmatch(r"label_values\((.*), (\w+)\)", variable.get("definition", ""))
+                    if values:
+                        series = await query(client, substituted(values[1]))
+                        assert all(values[2] in one["metric"] for one in series) and series
+                targets = (await client.get("/api/v1/targets")).json()["data"]["activeTargets"]
+                assert [(one["labels"]["job"], one["health"]) for one in targets] == [("hostd", "up")]
+                loaded = (await client.get("/api/v1/rules")).json()["data"]["groups"]
+                assert {rule["name"] for group in loaded for rule in group["rules"]} == {
+                    rule["alert"] for rule in RULES}
+
+
+def _check_result(title: str, sought: dict[str, Any], result: list[Any]) -> None:
+    assert result, f"panel {title!r} shows nothing for {sought['expr']}"
+    assert any(one["value"][1] != "NaN" for one in result), f"panel {title!r} has no number: {sought['expr']}"
+    for label in re.findall(r"{{(\w+)}}", sought.get("legendFormat", "")):
+        assert all(label in one["metric"] for one in result), f"panel {title!r}: no label {label}"
+
+
+@needs("promtool")
+def test_prometheus_accepts_its_configuration() -> None:
+    assert _promtool("check", "config", str(PROMETHEUS)) == 0
+    assert _promtool("check", "rules", str(ALERTS)) == 0
+
+
+@needs("promtool")
+def test_alerts_fire_when_they_should() -> None:
+    assert _promtool("test", "rules", str(Path(__file__).parent / "alerts.test.yml")) == 0
+
+
+def _promtool(*arguments: str) -> int:
+    result = subprocess.run(["promtool", *arguments], capture_output=True, text=True)
+    assert "FAILED" not in result.stdout + result.stderr, result.stdout + result.stderr
+    return result.returncode
+
+
+def test_alerts_say_what_to_do() -> None:
+    assert len({rule["alert"] for rule in RULES}) == len(RULES)
+    for rule in RULES:
+        assert rule["labels"]["severity"] in ("critical", "warning", "info")
+        assert set(rule["annotations"]) == {"summary", "description"}
+
+
+# -- the dashboard as a document
+
+def test_panels_are_described_and_find_their_data_source() -> None:
+    identifiers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(identifiers)) == len(identifiers)
+    for panel in PANELS:
+        assert panel["title"] and panel["description"].endswith("."), panel["title"]
+        assert panel["type"] in {"stat", "gauge", "table", "timeseries"}
+        assert [sought["refId"] for sought in panel["targets"]] == [
+            chr(ord("A") + i) for i in range(len(panel["targets"]))]
+        for holder in (panel, *panel["targets"]):
+            assert holder["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+
+
+def test_panels_fill_the_grid_without_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"])
+                 for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+    assert len(taken) == 24 * (1 + max(y for _, y in taken))
+
+
+def test_variables_of_the_queries_are_defined() -> None:
+    defined = {"$" + variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = {name for panel in PANELS for sought in panel["targets"]
+            for name in re.findall(r"\$\w+", sought["expr"])}
+    assert used - {"$__rate_interval", "$__interval"} <= defined
+
+
+def test_columns_of_the_fleet_table_come_from_its_queries() -> None:
+    (table,) = (panel for panel in PANELS if panel["type"] == "table")
+    references = {sought["refId"] for sought in table["targets"]}
+    (organize,) = (step["options"] for step in table["transformations"] if step["id"] == "organize")
+    columns = {*organize["renameByName"], *organize["excludeByName"]}
+    assert {name.removeprefix("Value #") for name in columns if name.startswith("Value #")} == references
+    for override in table["fieldConfig"]["overrides"]:
+        assert override["matcher"]["options"] in organize["renameByName"].values()
+
+
+def test_provisioning_points_at_what_is_here() -> None:
+    provisioning = ETC / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "hostd.yml").read_text())["datasources"]
+    interval = yaml.safe_load(PROMETHEUS.read_text())["global"]["scrape_interval"]
+    assert (source["type"], source["jsonData"]["timeInterval"]) == ("prometheus", interval)
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "hostd.yml").read_text())["providers"]
+    assert (provider["type"], provider["options"]["path"]) == ("file", "/var/lib/grafana/dashboards")
