@@ -68,7 +68,7 @@ class MemoryHost(Host):
     def frames(self) -> FrameCounts:
         return FrameCounts(total=9, free=9, granted=0, private=0, shared=0, overhead=0)
 
-    def list(self):  # type: ignore[no-untyped-def]
+    def views(self) -> list[VmView]:
         return [self.get(name) for name in self.guests]
 
     def get(self, name: str) -> VmView:
@@ -82,7 +82,7 @@ class MemoryHost(Host):
             uptime_s=61.0, exit_status=None, cpu=CpuTimes(run=1.5), memory_usage=MemoryUsage(private=1 << 20),
             exits=7, interrupts=1, world_switches=3, boots=1, crashes=0)
 
-    def exits(self, name: str):  # type: ignore[no-untyped-def]
+    def exits(self, name: str) -> list[ExitRow]:
         self._guest(name)
         return [ExitRow(code=0x78, name="HLT", count=4, seconds=0.002),
                 ExitRow(code=0x72, name="CPUID", count=3, seconds=0.001)]
@@ -173,7 +173,7 @@ class MemoryHost(Host):
         self.blobs.add(digest)
         return BlobView(sha256=digest, size=len(data))
 
-    def list_images(self):  # type: ignore[no-untyped-def]
+    def list_images(self) -> list[ImageView]:
         return list(self.images.values())
 
     async def add_image(self, spec: ImageSpec) -> ImageView:
