@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,32 @@ def test_primes(append: str, line: bytes) -> None:
 def test_primes_shows_every_thousandth() -> None:
     console, _ = _run_bare("primes", "")
     assert b"primes: number 1000 is 7919\r\nprimes: number 2000 is 17389\r\n" in console
+
+
+def _run_in_qemu(name: str, append: str) -> tuple[bytes, int]:
+    """Run a kernel in another machine than ours: its console and QEMU's exit status."""
+    done = subprocess.run(
+        ["qemu-system-x86_64", "-accel", "tcg", "-kernel", str(guests.path(name)), "-append", append,
+         "-m", "32", "-display", "none", "-serial", "stdio", "-monitor", "none", "-no-reboot",
+         "-device", "isa-debug-exit,iobase=0xf4,iosize=4"],
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
+    )
+    return done.stdout, done.returncode
+
+
+#: the debug exit's answer to 0, and QEMU's own status after a reset it was told not to do
+_LEFT, _RESET = 1, 0
+
+
+@needs("qemu-system-x86_64")
+@pytest.mark.parametrize(("name", "append", "lines", "status"), [
+    ("primes", "limit=100", [b"primes: 25 below 100"], _LEFT),
+    ("idle", "ms=60 ticks=2", [b"idle: tick 1", b"idle: tick 2"], _LEFT),
+    ("mix", "rounds=2", [b"mix: round 1, checksum 13ef71f3", b"mix: checksum 160d590a"], _LEFT),
+    ("mix", "rounds=2 tasks=20", [b"mix: 20 tasks per round"], _LEFT),
+    ("triple", "", [b""], _RESET),
+])
+def test_kernels_in_qemu(name: str, append: str, lines: list[bytes], status: int) -> None:
+    console, left = _run_in_qemu(name, append)
+    assert left == status
+    assert set(lines) <= set(console.split(b"\r\n"))

@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 #: program -> the Debian package it comes in
-PACKAGES = {"gcc": "gcc", "prometheus": "prometheus", "promtool": "prometheus", "systemd-analyze": "systemd"}
+PACKAGES = {"gcc": "gcc", "prometheus": "prometheus", "promtool": "prometheus",
+            "qemu-system-x86_64": "qemu-system-x86", "systemd-analyze": "systemd"}
 
 
 def needs(program: str) -> pytest.MarkDecorator:

@@ -65,22 +65,22 @@ def parse(file: bytes | memoryview) -> Elf:
         raise BootError("the kernel is not an ELF file")
     if len(view) < 16 or view[5] != _LITTLE_ENDIAN or view[4] not in _CLASSES:
         raise BootError("the kernel is an ELF file of an unknown class or byte order; x86 is little-endian")
-    layout = _CLASSES[view[4]]
-    if len(view) < 16 + layout.header.size:
+    form = _CLASSES[view[4]]
+    if len(view) < 16 + form.header.size:
         raise BootError("the kernel is a truncated ELF file: its header is incomplete")
-    kind, machine, _, entry, offset, _, _, _, entry_size, count = layout.header.unpack_from(view, 16)
-    if machine != layout.machine:
+    kind, machine, _, entry, offset, _, _, _, entry_size, count = form.header.unpack_from(view, 16)
+    if machine != form.machine:
         raise BootError(f"the kernel is an ELF file for machine type {machine}; x86 is 3 or 62")
     if kind != _EXECUTABLE:
         raise BootError("the kernel is an ELF file but not an executable one")
-    if count and entry_size != layout.program_header.size:
+    if count and entry_size != form.program_header.size:
         raise BootError(f"the kernel is a corrupt ELF file: program headers of {entry_size} bytes")
     if offset + count * entry_size > len(view):
         raise BootError("the kernel is a truncated ELF file: its program headers are incomplete")
-    headers = [layout.program_header.unpack_from(view, offset + i * entry_size) for i in range(count)]
-    segments = tuple(_segment(view, *(header[i] for i in layout.fields[1:]))
-                     for header in headers if header[0] == _LOAD and header[layout.fields[5]])
-    return Elf(layout.bits, _physical_entry(entry, segments), segments)
+    headers = [form.program_header.unpack_from(view, offset + i * entry_size) for i in range(count)]
+    segments = tuple(_segment(view, *(header[i] for i in form.fields[1:]))
+                     for header in headers if header[0] == _LOAD and header[form.fields[5]])
+    return Elf(form.bits, _physical_entry(entry, segments), segments)
 
 
 def _segment(

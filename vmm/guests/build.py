@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE / "src"
 TOOLCHAIN = HERE / "TOOLCHAIN"
 
-_COMMON = ("start.S", "console.c", "options.c")
+_COMMON = ("header.S", "start.S", "console.c", "options.c")
 _TRAPS = ("trap.S", "trap.c")
 
 #: kernel name -> its source files
@@ -25,7 +25,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "idle": (*_COMMON, *_TRAPS, "idle.c"),
     "mix": (*_COMMON, *_TRAPS, "mix.c", "mix_memory.c", "mix_user.c"),
     "primes": (*_COMMON, "primes.c"),
-    "triple": ("triple.S",),
+    "triple": ("header.S", "triple.S"),
 }
 
 _FLAGS = [

@@ -33,6 +33,8 @@ int main(const struct multiboot_info *info)
     uint32_t ticks = option_number(info, "ticks", 0);
     uint32_t ms = option_number(info, "ms", 1000);
 
+    if (ms == 0)
+        ms = 1;
     console_open();
     traps_open(1 << 0);
     print("idle: a tick every %u ms\n", ms);

@@ -1,15 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later
  *
- * Multiboot 1 header and entry.  The boot loader's GDT may vanish at any time (specification, 3.2), so
+ * Entry.  The boot loader's GDT may vanish at any time (specification, 3.2), so
  * ours is loaded first; then main(info) runs on our stack with interrupts off.
  */
 #include "layout.h"
-
-    .section .multiboot, "a"
-    .align 4
-    .long MULTIBOOT_MAGIC
-    .long MULTIBOOT_FLAGS
-    .long -(MULTIBOOT_MAGIC + MULTIBOOT_FLAGS)
 
     .text
     .globl _start

@@ -2,14 +2,6 @@
  *
  * triple: faults with an empty IDT.  #UD cannot be delivered, nor the #GP of that, nor the double fault.
  */
-#include "layout.h"
-
-    .section .multiboot, "a"
-    .align 4
-    .long MULTIBOOT_MAGIC
-    .long MULTIBOOT_FLAGS
-    .long -(MULTIBOOT_MAGIC + MULTIBOOT_FLAGS)
-
     .text
     .globl _start
 _start:
