@@ -341,7 +341,7 @@ class Silicon:
 
 def entries(mode: Mode) -> st.SearchStrategy[list[int]]:
     """Entries for the walk: mostly present, with every flag that matters now and then."""
-    def entry(level: int) -> st.SearchStrategy[int]:
+    def entry(level: int, marks: int) -> st.SearchStrategy[int]:
         last = level == len(mode.path) - 1
         frame = 0x30000 if last else mode.path[level + 1][0]
         pointer = mode.uc_mode == UC_MODE_32 and mode.wide and level == 0
@@ -358,9 +358,10 @@ def entries(mode: Mode) -> st.SearchStrategy[list[int]]:
         def build(present: int, right: int, bits: int) -> int:
             # a large page starts at 0 and not where the next table is
             base = 0 if bits & PS and not last else frame
-            return base | present | right | bits
+            return base | present | right | bits | (0 if pointer else marks)
         return st.builds(build, often, rights, extra)
-    return st.tuples(*(entry(level) for level in range(len(mode.path)))).map(list)
+    return st.sampled_from([0, A, A | D]).flatmap(
+        lambda marks: st.tuples(*(entry(level, marks) for level in range(len(mode.path)))).map(list))
 
 
 @pytest.fixture(scope="module")

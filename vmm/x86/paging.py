@@ -86,10 +86,51 @@ def translate(memory: PhysicalMemory, paging: Paging, address: int, access: Acce
     if paging.efer & EFER_LMA:
         if not is_canonical(address):
             raise GeneralProtection
+        found = _quick(memory, paging, address, access)
+        if found is not None:
+            return found
     else:
         address &= MASK32
     walk = _Walk(memory, paging, address, access)
     return walk.wide() if paging.cr4 & CR4_PAE else walk.narrow()
+
+
+def _quick(memory: PhysicalMemory, paging: Paging, address: int, access: Access) -> int | None:
+    """The commonest walk at half the time: long mode, data in a marked supervisor or user page of 4 KiB
+    or 2 MiB, allowed without regard to WP, SMEP and SMAP.  None for everything else.
+    """
+    read = memory.read_u64
+    try:
+        entry = every = some = read(paging.cr3 & _TABLE | address >> 36 & 0xFF8)
+        for shift in (27, 18, 9):
+            if entry & (PRESENT | LARGE) != PRESENT:
+                break
+            entry = read(entry & _TABLE | address >> shift & 0xFF8)
+            every &= entry
+            some |= entry
+        else:
+            shift = 0
+    except BadAddress:
+        return None
+    if shift == 0:
+        offset = 0xFFF
+    elif shift == 9 and not entry & 0x1FE000:
+        offset = 0x1FFFFF
+    else:
+        return None
+    needed = PRESENT | ACCESSED
+    if access.write:
+        if not entry & DIRTY:
+            return None
+        needed |= WRITABLE
+    if access.user:
+        needed |= USER
+    elif every & USER:
+        return None
+    if (every & needed != needed or some & _BEYOND or access.fetch
+            or (some & NO_EXECUTE and not paging.efer & EFER_NXE)):
+        return None
+    return entry & _TABLE & ~offset | address & offset
 
 
 class _Walk:
