@@ -13,13 +13,12 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
 import trio
 
-from hostd import waiting
+from hostd import __version__, waiting
 from hostd.cloning import Cloner
 from hostd.config import Config
 from hostd.console import Console
@@ -58,13 +57,6 @@ STOP_TIMEOUT_S = 30.0
 COLLECT_INTERVAL_S = 600.0
 
 
-def hostd_version() -> str:
-    try:
-        return version("hostd")
-    except PackageNotFoundError:                    # run from a source tree
-        return "0+source"
-
-
 class Host:
     """All methods are for the trio thread of the daemon.  They raise hostd.errors.HostError only."""
 
@@ -81,9 +73,10 @@ class Host:
         self._memory = MachineMemory(config.pool_bytes)
         self._guests = Guests(nursery, self._memory, self._images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
+        options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6))]
         self._workers = self._guests.workers = Workers(
-            config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases,
-            (config.log.level, config.log.format), worker_command)
+            config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases, options,
+            worker_command)
         self._images_lock = trio.Lock()
         #: names of VMs in the making
         self._reserved: set[str] = set()
@@ -160,7 +153,7 @@ class Host:
 
     def host_view(self) -> HostView:
         return HostView(
-            version=hostd_version(), pid=os.getpid(), uptime_s=round(time.monotonic() - self._started, 3),
+            version=__version__, pid=os.getpid(), uptime_s=round(time.monotonic() - self._started, 3),
             state_dir=str(self.config.state_dir), socket=str(self.config.socket), metrics=self.metrics_url,
             memory=self._memory.pool.size, frames=self.frames(), workers=self.workers(),
             vms={state: count for state, count in self.vm_counts().items() if count})

@@ -121,10 +121,10 @@ class Workers:
     """All workers.  Each slot has a task that starts a process, serves it until it dies, and starts anew."""
 
     def __init__(self, count: int, pool_fd: int, pool_bytes: int, listener: Listener,
-                 log_options: tuple[str, str] = ("info", "text"),
+                 options: Sequence[str] = (),
                  command: Sequence[str] = WORKER_COMMAND) -> None:
         self._command = command
-        self._arguments = [str(pool_fd), str(pool_bytes), *log_options]
+        self._arguments = [str(pool_fd), str(pool_bytes), *options]
         self._pool_fd = pool_fd
         self._listener = listener
         self._slots = [Worker(index, 0) for index in range(count)]
