@@ -75,7 +75,7 @@ async def served(app: ASGIApp) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def prometheus(target: str, directory: Path) -> AsyncIterator[str]:
-    """A real Prometheus with the project's configuration, scraping `target` in haste; the value is its URL."""
+    """A real Prometheus with the project's configuration, hastily scraping `target`; the value is its URL."""
     text = PROMETHEUS.read_text().replace("127.0.0.1:9177", target).replace(": 5s", ": 200ms")
     (directory / "prometheus.yml").write_text(text)
     (directory / "alerts.yml").write_text(ALERTS.read_text())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -20,8 +20,9 @@ class Simulation:
     """Guests that always want to run, on some CPUs, with the balancer called every second."""
 
     def __init__(self, cpus: int, shares: dict[str, tuple[int, int]],
-                 placement: Callable[[int], int] = lambda i: 0) -> None:
+                 placement: Callable[[int], int] = lambda i: 0, percent: Sequence[int] = ()) -> None:
         self.now = 0
+        self.percent = percent or [100] * cpus          # of each CPU, what its worker gets of it
         self.shares = shares
         self.queues = [RunQueue() for _ in range(cpus)]
         self.balancer = Balancer()
@@ -35,8 +36,8 @@ class Simulation:
         """Part of a CPU that each guest got in this time."""
         start = self.totals()
         for _ in range(seconds):
-            for queue in self.queues:
-                run_cpu(queue, self.now, self.now + SECOND)
+            for queue, percent in zip(self.queues, self.percent, strict=True):
+                run_cpu(queue, self.now, self.now + SECOND, percent)
             self.now += SECOND
             self.balance()
         return {id: (run - start[id][0]) / (seconds * SECOND) for id, (run, _) in self.totals().items()}
@@ -60,8 +61,11 @@ class Simulation:
             self.moves += 1
 
 
-def run_cpu(queue: RunQueue, now: int, end: int) -> int:
-    """One worker with CPU-bound guests; the answer is how long it was busy."""
+def run_cpu(queue: RunQueue, now: int, end: int, percent: int = 100) -> int:
+    """One worker with CPU-bound guests; the answer is how long it was busy.
+
+    Of that time guests run `percent`; the rest goes to other processes of the machine.
+    """
     busy = 0
     while now < end:
         pick = queue.pick(now)
@@ -72,7 +76,7 @@ def run_cpu(queue: RunQueue, now: int, end: int) -> int:
         ran = min(pick.slice_ns, end - now)
         now += ran
         busy += ran
-        queue.charge(pick.id, ran, now)
+        queue.charge(pick.id, ran * percent // 100, now)
     return busy
 
 
@@ -457,6 +461,15 @@ def test_caps_hold_across_cpus() -> None:
     assert got["capped"] == pytest.approx(0.30, rel=0.05)
     assert got["tiny"] == pytest.approx(0.05, rel=0.05)
     assert [got[f"guest{i}"] for i in range(4)] == pytest.approx([1.65 / 4] * 4, rel=0.05)
+
+
+@pytest.mark.parametrize("percent", [(70, 70), (90, 60)])
+def test_shares_are_fair_when_the_machine_has_other_work(percent: tuple[int, int]) -> None:
+    simulation = Simulation(2, weighted(2, 2, 2, 1, 1), percent=percent)
+    simulation.run(20)
+    got = simulation.run(30)
+    due = [sum(percent) / 100 * weight / 8 for weight in (2, 2, 2, 1, 1)]
+    assert list(got.values()) == pytest.approx(due, rel=0.05)
 
 
 def test_a_fair_placement_is_left_alone() -> None:
