@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hostd.scheduler import CPU, Balancer, Load, entitlements
 from tests.simulation import MS, SECOND, Simulation, weighted
 
-
 # -- entitlements
 
 def test_entitlements_follow_the_weights_up_to_one_cpu() -> None:

@@ -11,7 +11,6 @@ from hostd.scheduler import LATENCY_BOUNDS_NS, RunQueue, Usage
 from hostd.scheduler.runqueue import SLICE_NS
 from tests.simulation import MS, SECOND, run_cpu, weighted
 
-
 # -- one CPU
 
 @pytest.mark.parametrize("weights", [(1, 1), (1, 2, 4, 8), (100, 300), (1, 1000), (999, 1000, 1)])

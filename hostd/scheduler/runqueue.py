@@ -2,7 +2,7 @@
 """The run queue of one physical CPU: proportional share by virtual time, caps, and accounting.
 
 The algorithm is start-time fair queueing (Goyal, Vin, Cheng, SIGCOMM 1996) with a bounded credit for
-sleepers. Every guest has a *tag*, the virtual time at which its next turn starts.  A turn of `t` nanoseconds
+sleepers.  Every guest has a *tag*, the virtual time at which its next turn starts.  A turn of `t` nanoseconds
 moves the tag by `t / weight`; the guest with the earliest tag runs next; the queue's own virtual time is the
 tag of the latest turn.  Over any interval two guests that stay runnable therefore receive time in the ratio
 of their weights, with an error of at most one slice each, however unequal the weights are.
