@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The hardware-assisted monitor of one guest: its VMCB, its run loop, and what it tells the CPU.
+
+`run` enters the guest by `vmrun` and stays until a deadline, HLT, a kick or an end.  Exits are handled by
+the table of `vmm.hw.handlers`, nearly all while the guest is on the CPU.
+
+Interrupts go in at one place: when a controller has one ready, a virtual interrupt (V_IRQ) is asked for,
+and the silicon exits with VINTR at the first boundary where the guest takes interrupts.  So IF, the
+shadow of STI and MOV SS, and EFLAGS changes inside a block need no second opinion here.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from vmm.clock import GuestClock
+from vmm.devices.board import Board
+from vmm.exitcodes import ExitCode
+from vmm.hw.delivery import Delivery, TripleFault, Unsupported
+from vmm.hw.exits import decode
+from vmm.hw.handlers import HANDLERS, INTERCEPTS
+from vmm.hw.linear import Linear
+from vmm.hw.syscalls import syscall, sysenter
+from vmm.memory.block import VmBlock
+from vmm.memory.errors import BadAddress, OutOfFrames
+from vmm.memory.frames import FrameSource
+from vmm.memory.physical import GuestMemory
+from vmm.monitor import Stop, StopReason
+from vmm.silicon import layout as at
+from vmm.silicon.cpu import VMEXIT_INVALID, Cpu, EngineFault, InstructionAborted
+from vmm.state import CpuState
+from vmm.stats import slot_of
+from vmm.vmcb import Event, EventType
+from vmm.x86 import descriptors, kvm, msr
+from vmm.x86.cpuid import CpuidTable
+from vmm.x86.faults import GeneralProtection, GuestFault, Vector
+from vmm.x86.flags import CR0_PE, RFLAGS_IF, RFLAGS_VM
+
+_NEVER = 1 << 63
+_PREFIXES = frozenset({0xF0, 0x66, 0x67, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0xF2, 0xF3})
+_SWINT = int(ExitCode.SWINT)
+_IOIO = int(ExitCode.IOIO)
+
+
+class Processor:
+    """One guest on the CPU `cpu`."""
+
+    def __init__(self, cpu: Cpu, block: VmBlock, frames: FrameSource, board: Board, clock: GuestClock,
+                 state: CpuState) -> None:
+        self.cpu = cpu
+        self.regs = cpu.regs
+        self.q, self.d = cpu.q, cpu.d
+        self.place = cpu.regs.place
+        self.block = block
+        self.p2m = block.p2m
+        self.frames = frames
+        self.accounting = block.accounting
+        self._counts, self._times = block.exit_stats.counts, block.exit_stats.times
+        self.board = board
+        self.interrupts = board.interrupts
+        self.lapic = board.lapic
+        self.clock = clock
+        self.memory = GuestMemory(block.p2m, frames)
+        self.linear = Linear(self.q, self.memory)
+        self.delivery = Delivery(self.regs, self.linear)
+        self.cpuid = CpuidTable(clock.tsc_khz)
+        self.kvm = kvm.KvmInterface(self.memory, clock.tsc_khz)
+        self.halted = state.halted
+        self.nmi_masked = state.nmi_masked
+        #: why the guest must leave, when a handler decided so
+        self.verdict: Stop | None = None
+        #: the guest must be entered anew for a changed VMCB
+        self.reenter = False
+        #: an interrupt acknowledged whose delivery had to wait for a frame
+        self._accepted: int | None = None
+        self._fault: GuestFault | None = None
+        self._armed = _NEVER
+        self._running = False
+        self._msrs: dict[int, int] = {}
+        self._silicon_msrs = self.regs.msr_cells()
+        block.p2m.build()
+        self.guest = cpu.new_guest(block.vmcb_pa, self)
+        self._control()
+        self._load(state)
+        board.interrupts.on_output = self._output_rose
+        self._read_port, self._write_port = board.ports.read, board.ports.write
+
+    def _control(self) -> None:
+        """The VMCB's control area (APM vol. 2, table B-1)."""
+        vmcb = self.guest.vmcb
+        vmcb.clear()
+        vmcb.intercept_exceptions = 0xFFFF_FFFF
+        vmcb.intercept(*INTERCEPTS, ExitCode.IOIO)
+        vmcb.iopm_base_pa = self.cpu.area.iopm_pa
+        vmcb.msrpm_base_pa = self.cpu.area.msrpm_pa
+        vmcb.guest_asid = 1
+        vmcb.np_enable = 1
+        vmcb.n_cr3 = self.p2m.root
+        vmcb.v_intr_masking = 1
+        vmcb.v_ign_tpr = 1
+        vmcb.v_intr_prio = 0xF
+
+    def _load(self, state: CpuState) -> None:
+        self.cpu.load_state(self.guest, state)
+        for number, value in state.msrs.items():
+            kind = msr.MSRS[number].kind if number in msr.MSRS else None
+            if kind == "plain":
+                self._msrs[number] = value
+        self.kvm.system_time = state.msrs.get(kvm.MSR_SYSTEM_TIME, 0)
+        self.kvm.steal_time = state.msrs.get(kvm.MSR_STEAL_TIME, 0)
+        self.kvm.wall_clock = state.msrs.get(kvm.MSR_WALL_CLOCK, 0)
+        event = Event.decode(state.pending_event)
+        if event is not None and event.type == EventType.INTR:
+            self._accepted = event.vector
+        if self.nmi_masked:
+            self.vmcb_intercept(ExitCode.IRET, True)
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self, deadline_ns: int) -> Stop:
+        """Run until CLOCK_MONOTONIC `deadline_ns` at the latest; the clock must be running.
+
+        Nothing a guest does makes this raise; CpuShutdown and failures of our own do.
+        """
+        cpu, timers, interrupts = self.cpu, self.board.timers, self.interrupts
+        base = self.clock.base_ns
+        switches = cpu.switches
+        self._running = True
+        try:
+            while True:
+                now = time.monotonic_ns()
+                if timers.next <= now - base:
+                    timers.run(now - base)
+                if interrupts.nmi_pending and not self.nmi_masked:
+                    self._take_nmi()
+                if self.halted and not self._wakes():
+                    return Stop(StopReason.HALTED)
+                if now >= deadline_ns:
+                    return Stop(StopReason.SLICE)
+                if self.verdict is not None:
+                    return self._leave()
+                self._ask_window()
+                self._armed = min(deadline_ns, base + timers.next)
+                cpu.kicker.at(self._armed)
+                self.reenter = False
+                code = cpu.vmrun(self.guest)
+                if self.verdict is not None:
+                    return self._leave()
+                if code == ExitCode.INTR:
+                    if self._rose:
+                        self._rose = False
+                    elif time.monotonic_ns() < self._armed:
+                        return Stop(StopReason.KICKED)
+                elif code == VMEXIT_INVALID:
+                    return Stop(StopReason.CRASHED, "the machine state is not one vmrun accepts")
+                elif self.reenter:
+                    cpu.evict()
+        except EngineFault as fault:
+            return Stop(StopReason.CRASHED, f"the guest cannot go on: {fault}")
+        finally:
+            self._running = False
+            self.accounting.world_switches += cpu.switches - switches
+
+    _rose = False
+
+    def _leave(self) -> Stop:
+        verdict, self.verdict = self.verdict, None
+        assert verdict is not None
+        return verdict
+
+    def _wakes(self) -> bool:
+        """A halted guest: is there an interrupt for it?"""
+        if self.verdict is not None:
+            return True
+        if (self.interrupts.output or self._accepted is not None) and self.rflags_if():
+            self.halted = False
+            return True
+        return False
+
+    def rflags_if(self) -> bool:
+        """The guest's IF, wherever its registers are now."""
+        if self.cpu.resident is self.guest:
+            return bool(self.q[at.RFLAGS] & RFLAGS_IF)
+        return bool(self.guest.vmcb.rflags & RFLAGS_IF)
+
+    def _ask_window(self) -> None:
+        wanted = self.interrupts.output or self._accepted is not None
+        if self.cpu.resident is self.guest:
+            self.cpu.window(wanted)
+        else:
+            self.guest.vmcb.v_irq = 1 if wanted else 0
+
+    def _output_rose(self) -> None:
+        """An interrupt became ready: by a device the guest just touched, or by time or input."""
+        if not self._running or self.cpu.resident is not self.guest:
+            return
+        self.cpu.window(True)
+        if self.q[at.RFLAGS] & RFLAGS_IF or self.interrupts.nmi_pending:
+            self._rose = True
+            self.cpu.stop()
+
+    def _rearm(self) -> None:
+        """After a device access: a timer may now be due before the CPU would be stopped."""
+        when = self.board.timers.next + self.clock.base_ns
+        if when < self._armed:
+            self._armed = when
+            self.cpu.kicker.at(when)
+
+    def take_interrupt(self) -> None:
+        """Deliver the interrupt the controllers have ready, if they still have one."""
+        vector = self._accepted
+        if vector is None:
+            vector = self.interrupts.acknowledge()
+            if vector is None:
+                return
+        self._accepted = vector
+        self.delivery.interrupt(vector)
+        self._accepted = None
+        self.accounting.interrupts += 1
+        if self.interrupts.output:
+            self.cpu.window(True)
+
+    def _take_nmi(self) -> None:
+        """Inject an NMI at the next entry (EVENTINJ); its handler is not interrupted by another."""
+        if self.cpu.resident is self.guest and self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ:
+            return      # one instruction more, after STI or MOV SS
+        self.interrupts.nmi_pending = False
+        self.nmi_masked = True
+        self.halted = False
+        self.evict()
+        self.guest.vmcb.eventinj = Event(Vector.NMI, EventType.NMI).encode()
+        self.vmcb_intercept(ExitCode.IRET, True)
+
+    def vmcb_intercept(self, code: int, wanted: bool) -> None:
+        """Change one intercept; it counts from the next entry on."""
+        vmcb = self.guest.vmcb
+        if wanted:
+            vmcb.intercept(code)
+        else:
+            vmcb.pass_through(code)
+        self.reenter = True
+
+    # -- what the CPU asks ---------------------------------------------------------------------------------
+
+    def intercepted(self, code: int) -> bool:
+        """An exit: decode, handle, count."""
+        started = time.perf_counter_ns()
+        slot = slot_of(code)
+        self._counts[slot] += 1
+        try:
+            handler = HANDLERS.get(code)
+            if handler is None:
+                self.verdict = Stop(StopReason.CRASHED, f"an exit this monitor has no handler for: {code:#x}")
+                return False
+            return handler(self, decode(code, self.d[self.place.error_code], self.guest.vmcb.exitinfo2))
+        except GuestFault as fault:
+            return self.give(fault)
+        except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
+            return self._give_up(failure)
+        finally:
+            self._times[slot] += time.perf_counter_ns() - started
+
+    def give(self, fault: GuestFault) -> bool:
+        """Deliver an exception at the current instruction; False when the guest must leave instead."""
+        try:
+            self.delivery.exception(fault.vector, fault.error_code, fault.address)
+        except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
+            return self._give_up(failure)
+        return True
+
+    def _give_up(self, failure: Exception) -> bool:
+        """The guest leaves: for a frame, or for good."""
+        if isinstance(failure, OutOfFrames):
+            self.verdict = Stop(StopReason.NO_FRAMES)
+        else:
+            self.verdict = Stop(StopReason.CRASHED, str(failure))
+        return False
+
+    def software_interrupt(self, vector: int) -> bool:
+        """INT n, INT3, INTO: RIP is behind the instruction."""
+        started = time.perf_counter_ns()
+        self._counts[_SWINT] += 1
+        try:
+            self.delivery.software(vector, self.q[at.RIP])
+        except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
+            return self._give_up(failure)
+        finally:
+            self._times[_SWINT] += time.perf_counter_ns() - started
+        return True
+
+    def syscall(self) -> None:
+        """SYSCALL: the silicon leaves its semantics to us."""
+        syscall(self)
+
+    def sysenter(self) -> None:
+        """SYSENTER: the silicon leaves its semantics to us."""
+        sysenter(self)
+
+    def port_in(self, port: int, size: int) -> int:
+        """IN and INS."""
+        started = time.perf_counter_ns()
+        if self.q[at.RFLAGS] & RFLAGS_VM or self.d[at.HFLAGS] & 3:
+            self._check_port(port, size)
+        self._counts[_IOIO] += 1
+        value = self._read_port(port, size)
+        self._times[_IOIO] += time.perf_counter_ns() - started
+        return value
+
+    def port_out(self, port: int, size: int, value: int) -> None:
+        """OUT and OUTS."""
+        started = time.perf_counter_ns()
+        if self.q[at.RFLAGS] & RFLAGS_VM or self.d[at.HFLAGS] & 3:
+            self._check_port(port, size)
+        self._counts[_IOIO] += 1
+        self._write_port(port, size, value)
+        if self.board.timers.next + self.clock.base_ns < self._armed:
+            self._rearm()
+        self._times[_IOIO] += time.perf_counter_ns() - started
+
+    def _check_port(self, port: int, size: int) -> None:
+        """IOPL and the task's I/O permission map (APM vol. 2, 12.2.4); the silicon checks neither."""
+        flags = self.q[at.RFLAGS]
+        if not self.q[at.CR] & CR0_PE:
+            return
+        if not flags & RFLAGS_VM and self.regs.cpl <= flags >> 12 & 3:
+            return
+        try:
+            if descriptors.io_permitted(self.regs.segment(at.TR), port, size, self.linear.read):
+                return
+            self._fault = GeneralProtection()
+        except GuestFault as fault:
+            self._fault = fault
+        except BadAddress:
+            self._fault = GeneralProtection()
+        raise InstructionAborted
+
+    def aborted(self) -> bool:
+        """An I/O instruction must fault; the registers are back at its start."""
+        fault, self._fault = self._fault, None
+        assert fault is not None
+        return self.give(fault)
+
+    def mmio_read(self, gpa: int, size: int) -> int:
+        """A read of a device page."""
+        return self.board.mmio.read(gpa, size)
+
+    def mmio_write(self, gpa: int, size: int, value: int) -> None:
+        """A write to a device page."""
+        self.board.mmio.write(gpa, size, value)
+        self._rearm()
+
+    # -- for the handlers ----------------------------------------------------------------------------------
+
+    def moved_register(self) -> tuple[int, int]:
+        """Length of the MOV to or from a control or debug register at RIP, and its general register."""
+        q = self.q
+        code = self.linear.read(q[at.CS + 1] + q[at.RIP], 8)
+        length = extend = 0
+        while code[length] in _PREFIXES and length < 4:
+            length += 1
+        if code[length] & 0xF0 == 0x40:
+            extend = (code[length] & 1) << 3
+            length += 1
+        return length + 3, code[length + 2] & 7 | extend
+
+    def instant(self) -> kvm.Instant:
+        """This moment by the guest's clocks."""
+        return kvm.Instant(self.clock.tsc(), self.clock.now(), time.time_ns())
+
+    def read_msr(self, number: int) -> int:
+        """RDMSR.  Raises GuestFault."""
+        entry = msr.find(number)
+        return _READERS[entry.kind](self, number, entry)
+
+    def write_msr(self, number: int, value: int) -> None:
+        """WRMSR.  Raises GuestFault."""
+        entry = msr.check_write(number, value)
+        _WRITERS[entry.kind](self, number, value)
+        self._rearm()
+
+    def _read_silicon(self, number: int, _entry: msr.Msr) -> int:
+        if number == msr.EFER:
+            return self.q[at.EFER] & ~0x1000
+        view, index = self._silicon_msrs[number]
+        return view[index]
+
+    def _write_silicon(self, number: int, value: int) -> None:
+        if number == msr.EFER:
+            self.q[at.EFER] = msr.efer_after_write(self.q[at.EFER] & ~0x1000, value, self.q[at.CR]) | 0x1000
+            return
+        view, index = self._silicon_msrs[number]
+        view[index] = value
+
+    def _read_plain(self, number: int, entry: msr.Msr) -> int:
+        return self._msrs.get(number, entry.reset)
+
+    def _write_plain(self, number: int, value: int) -> None:
+        self._msrs[number] = value
+
+    def _read_const(self, _number: int, entry: msr.Msr) -> int:
+        return entry.reset
+
+    def _write_const(self, number: int, value: int) -> None:
+        """Ignored."""
+
+    def _read_lapic(self, number: int, _entry: msr.Msr) -> int:
+        return self.lapic.msr_read(number)
+
+    def _write_lapic(self, number: int, value: int) -> None:
+        self.lapic.msr_write(number, value)
+        if number == msr.APIC_BASE:
+            self.cpuid.set_apic(bool(value >> 11 & 1))
+
+    def _read_kvm(self, number: int, _entry: msr.Msr) -> int:
+        return self.kvm.read_msr(number)
+
+    def _write_kvm(self, number: int, value: int) -> None:
+        self.kvm.write_msr(number, value, self.instant())
+
+    def _read_tsc(self, number: int, _entry: msr.Msr) -> int:
+        return self.clock.tsc() if number == msr.TSC else 0
+
+    def _write_tsc(self, number: int, value: int) -> None:
+        if number == msr.TSC:
+            self.clock.set_tsc(value)
+            self.sync_clock()
+            self.reenter = True
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def sync_clock(self) -> None:
+        """The clock was started or set: the VMCB's TSC offset, and the guest's clock record, follow it."""
+        self.guest.vmcb.tsc_offset = self.clock.tsc_offset
+        self.kvm.refresh_clock(self.instant())
+
+    def add_steal(self, ns: int) -> None:
+        """Time the guest wanted to run and did not."""
+        self.kvm.add_steal(ns)
+
+    def evict(self) -> None:
+        """Off the CPU, if on it."""
+        if self.cpu.resident is self.guest:
+            self.cpu.evict()
+
+    def capture(self) -> CpuState:
+        """The state, the guest being off the CPU afterwards; the clock must have been stopped."""
+        self.evict()
+        state = self.cpu.save_state(self.guest)
+        state.msrs.update(self._msrs)
+        state.msrs.update({kvm.MSR_SYSTEM_TIME: self.kvm.system_time, kvm.MSR_STEAL_TIME: self.kvm.steal_time,
+                           kvm.MSR_WALL_CLOCK: self.kvm.wall_clock})
+        state.cr8 = self.lapic.cr8
+        state.halted = self.halted
+        state.nmi_masked = self.nmi_masked
+        state.tsc = self.clock.tsc()
+        state.tsc_offset = self.clock.tsc_offset
+        if self._accepted is not None:
+            state.pending_event = Event(self._accepted, EventType.INTR).encode()
+        return state
+
+
+_READERS: dict[str, Any] = {
+    "silicon": Processor._read_silicon, "plain": Processor._read_plain, "const": Processor._read_const,
+    "lapic": Processor._read_lapic, "kvm": Processor._read_kvm, "tsc": Processor._read_tsc}
+_WRITERS: dict[str, Any] = {
+    "silicon": Processor._write_silicon, "plain": Processor._write_plain, "const": Processor._write_const,
+    "lapic": Processor._write_lapic, "kvm": Processor._write_kvm, "tsc": Processor._write_tsc}

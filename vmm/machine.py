@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A virtual machine: memory, board, clock, and a processor under one of the monitors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vmm.clock import GuestClock
+from vmm.devices.board import Board
+from vmm.devices.timers import NEVER
+from vmm.hw.processor import Processor
+from vmm.memory.block import VmBlock
+from vmm.memory.errors import OutOfFrames
+from vmm.memory.frames import FrameSource
+from vmm.monitor import Stop, StopReason
+from vmm.silicon import tsc
+from vmm.silicon.cpu import Cpu
+from vmm.state import MachineState
+
+
+class VirtualMachine:
+    """One guest on the CPU of this process, built from a state over the memory in its block.
+
+    `console` gets what the guest prints.  The clock stands still until `resume_clock`.
+    Raises StateError for a state the devices refuse.
+    """
+
+    def __init__(self, cpu: Cpu, block: VmBlock, frames: FrameSource, state: MachineState,
+                 console: Callable[[bytes], None], tsc_khz: int) -> None:
+        self.block = block
+        self.frames = frames
+        self.clock = GuestClock(tsc_khz, tsc.read, state.time_ns, state.cpu.tsc)
+        self.board = Board(self.clock.now, time.time, self.clock.tsc, self.clock.tsc_to_ns, console,
+                           self._on_reset, self._on_poweroff, self._on_debug_exit, state.memory_bytes)
+        if state.devices:
+            self.board.load(state.devices)
+        self.processor = Processor(cpu, block, frames, self.board, self.clock, state.cpu)
+
+    # -- running -----------------------------------------------------------------------------------
+
+    def run(self, deadline_ns: int) -> Stop:
+        """Run until CLOCK_MONOTONIC `deadline_ns` at the latest; says why it returned."""
+        self.resume_clock()
+        breaks = self.block.p2m.cow_breaks
+        stop = self.processor.run(deadline_ns)
+        self.board.uart.flush()
+        self.block.accounting.cow_breaks += self.block.p2m.cow_breaks - breaks
+        return stop
+
+    def next_wake(self) -> int | None:
+        """CLOCK_MONOTONIC ns at which a halted guest has something to do; None: only input wakes it."""
+        deadline = self.board.timers.next
+        return None if deadline >= NEVER else self.clock.host_ns(deadline)
+
+    def wake_pending(self) -> bool:
+        """Whether a halted guest has an interrupt to take."""
+        return self.board.interrupts.output or self.board.interrupts.nmi_pending
+
+    @property
+    def halted(self) -> bool:
+        """Whether the guest waits in HLT."""
+        return self.processor.halted
+
+    def feed(self, data: bytes) -> None:
+        """Console input."""
+        self.board.uart.feed(data)
+
+    def power_button(self) -> None:
+        """Ask the guest's operating system to power off."""
+        self.board.acpi.power_button()
+
+    def add_steal(self, ns: int) -> None:
+        """Tell the guest of time it wanted to run and did not."""
+        if ns > 0 and self.processor.kvm.steal_time:
+            try:
+                self.processor.add_steal(ns)
+            except OutOfFrames:
+                return      # said next time, with a frame in stock
+        self.block.accounting.steal_ns += ns
+
+    def take_dropped(self) -> list[int]:
+        """Frames of shares broken since the last call."""
+        dropped, self.block.p2m.dropped = self.block.p2m.dropped, []
+        return dropped
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def pause_clock(self) -> None:
+        """Guest time stands still from now on."""
+        self.processor.evict()
+        self.clock.stop()
+
+    def resume_clock(self) -> None:
+        """Guest time goes on."""
+        if not self.clock.running:
+            self.processor.evict()
+            self.clock.start()
+            self.processor.sync_clock()
+
+    def capture(self) -> MachineState:
+        """Everything but the memory; the clock stands still afterwards."""
+        self.pause_clock()
+        return MachineState(memory_bytes=self.block.memory_bytes, cpu=self.processor.capture(),
+                            time_ns=self.clock.now(), devices=self.board.save(), monitor="hw")
+
+    # -- ends --------------------------------------------------------------------------------------
+
+    def _end(self, stop: Stop) -> None:
+        self.processor.verdict = stop
+        self.processor.cpu.stop()
+
+    def _on_reset(self) -> None:
+        self._end(Stop(StopReason.RESET, "reset requested by the guest"))
+
+    def _on_poweroff(self) -> None:
+        self._end(Stop(StopReason.POWEROFF, "powered off by the guest"))
+
+    def _on_debug_exit(self, status: int) -> None:
+        self._end(Stop(StopReason.EXIT, f"wrote {status} to the debug-exit port", status))

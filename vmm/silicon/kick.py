@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Stopping a running CPU from outside: by time, and by input on a descriptor.
+
+A signal whose handler is a few bytes of machine code calls `uc_emu_stop`: it needs no thread, takes no
+interpreter lock, and arrives within microseconds.  A stop that comes while the CPU is just being entered
+would be lost; therefore the timer, once due, repeats every millisecond until it is set again.
+
+One real-time signal a CPU; a process can have as many CPUs as it has such signals (about thirty).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import signal
+import struct
+import time
+
+from unicorn.unicorn_py3.unicorn import uclib
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_SA_RESTART = 0x1000_0000
+_TIMER_ABSTIME = 1
+_REPEAT_NS = 1_000_000
+_F_SETSIG = 10
+
+_free_signals = list(range(signal.SIGRTMIN + 2, signal.SIGRTMAX))
+
+
+class _Itimerspec(ctypes.Structure):
+    _fields_ = (("interval_s", ctypes.c_long), ("interval_ns", ctypes.c_long),
+                ("value_s", ctypes.c_long), ("value_ns", ctypes.c_long))
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+class Kicker:
+    """Stops the engine `handle` at a time or when a descriptor becomes readable."""
+
+    def __init__(self, handle: int) -> None:
+        if not _free_signals:
+            raise OSError("no real-time signal is left for another CPU in this process")
+        self.signal = _free_signals.pop()
+        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0
+        # mov rdi, handle; mov rax, uc_emu_stop; jmp rax
+        code = b"\x48\xbf" + struct.pack("<Q", handle) + b"\x48\xb8" + struct.pack("<Q", stop) + b"\xff\xe0"
+        self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._code.write(code)
+        entry = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
+        # struct sigaction of glibc on x86-64: handler, 128 bytes of mask, flags, restorer
+        action = struct.pack("<Q128sIxxxxQ", entry, bytes(128), _SA_RESTART, 0)
+        _check(_libc.sigaction(self.signal, action, None), "sigaction")
+        # struct sigevent: value, signo, notify (SIGEV_SIGNAL = 0), padding
+        event = struct.pack("<QiI48x", 0, self.signal, 0)
+        timer = ctypes.c_void_p()
+        _check(_libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(timer)), "timer_create")
+        self._timer = timer
+        self._spec = _Itimerspec()
+        self._spec_pointer = ctypes.byref(self._spec)
+        self._settime = _libc.timer_settime
+        self._armed = 0
+        self.closed = False
+
+    def at(self, when_ns: int) -> None:
+        """Stop the CPU at CLOCK_MONOTONIC `when_ns`, and every millisecond from then until set again."""
+        if when_ns == self._armed and time.monotonic_ns() < when_ns:
+            return
+        spec = self._spec
+        spec.value_s, spec.value_ns = divmod(max(when_ns, 1), 1_000_000_000)
+        spec.interval_ns = _REPEAT_NS
+        self._armed = when_ns
+        self._settime(self._timer, _TIMER_ABSTIME, self._spec_pointer, None)
+
+    def rest(self) -> None:
+        """No stops any more."""
+        if self._armed:
+            self._armed = 0
+            self._spec.value_s = self._spec.value_ns = self._spec.interval_ns = 0
+            self._settime(self._timer, 0, self._spec_pointer, None)
+
+    def on_readable(self, descriptor: int) -> None:
+        """Stop the CPU whenever input arrives on `descriptor` (a socket)."""
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, _F_SETSIG, self.signal)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | os.O_ASYNC)
+
+    def close(self) -> None:
+        """Delete the timer and give the signal back."""
+        if not self.closed:
+            self.closed = True
+            _libc.timer_delete(self._timer)
+            # a signal still under way must not find the code gone
+            signal.signal(self.signal, signal.SIG_IGN)
+            _free_signals.append(self.signal)
