@@ -288,10 +288,15 @@ class LinearMemory:
 
     def read(self, address: int, size: int, access: Access = READ) -> bytes:
         """`size` bytes, or the fault the first unreadable one gives.  BadAddress where there is no RAM."""
+        if (address & PAGE - 1) + size <= PAGE:
+            return self.memory.read(translate(self.memory, self.paging, address & self._mask, access), size)
         return b"".join(self.memory.read(gpa, n) for gpa, n in self._pieces(address, size, access))
 
     def write(self, address: int, data: bytes, access: Access = WRITE) -> None:
         """Store `data`; a fault leaves all of it unwritten."""
+        if (address & PAGE - 1) + len(data) <= PAGE:
+            self.memory.write(translate(self.memory, self.paging, address & self._mask, access), data)
+            return
         done = 0
         for gpa, n in self._pieces(address, len(data), access):
             self.memory.write(gpa, data[done:done + n])
