@@ -176,6 +176,14 @@ class Cpu:
         """Make the guest leave at the next instruction boundary between blocks (a physical interrupt)."""
         self._stop(self.handle)
 
+    def kick_on_readable(self, descriptor: int) -> None:
+        """Make input on a socket stop the running guest."""
+        self.kicker.on_readable(descriptor)
+
+    def rest(self) -> None:
+        """No guest will run for a while: no more timed stops."""
+        self.kicker.rest()
+
     def flush_tlb(self) -> None:
         """Forget all address translations (about 1 us); the guest may be resident."""
         self._ctl(_V(self.handle), ctypes.c_int(_TLB_FLUSH))

@@ -19,9 +19,10 @@ from vmm.vmcb import IOPM_BYTES, MSRPM_BYTES, SAVE, SaveArea
 PAGE = 4096
 #: machine-physical address of the host's area, above any pool
 HOST_AREA = 1 << 38
-#: the window through which guests' device pages are reached: its offset is the guest-physical address
-DEVICE_WINDOW = 1 << 40
-DEVICE_WINDOW_BYTES = 1 << 40
+#: the window through which device pages are reached: its offset is the guest-physical address; it ends with
+#: the 40 bits of physical address the silicon has
+DEVICE_WINDOW = 1 << 39
+DEVICE_WINDOW_BYTES = 1 << 39
 
 _STUBS, _HSAVE, _PML4, _PDPT, _IOPM = (index * PAGE for index in range(5))
 _MSRPM = _IOPM + IOPM_BYTES
