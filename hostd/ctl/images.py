@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import click
 
+from hostd.ctl.client import Client
 from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import dash, print_json, print_table, size
 from hostd.ctl.pull import PullError, build_debian
@@ -23,9 +24,8 @@ def image_command() -> None:
     """Pull, add, list and remove images."""
 
 
-def register(session: Session, name: str, kernel: Path, initrd: Path | None, append: str) -> None:
+def register(client: Client, name: str, kernel: Path, initrd: Path | None, append: str) -> None:
     """Upload what the image is made of, and name it."""
-    client = session.client
     spec = ImageSpec(name=name, kernel=client.upload(kernel), append=append,
                      initrd=client.upload(initrd) if initrd else None)
     client.call("POST", "/images", body=spec, patience=None)
@@ -42,7 +42,7 @@ def pull(session: Session, what: str, name: str | None) -> None:
         image = build_debian(progress=lambda text: click.echo(text, err=True))
     except PullError as error:
         raise CtlError(str(error)) from None
-    register(session, name or what, image.kernel, image.initrd, image.append)
+    register(session.client, name or what, image.kernel, image.initrd, image.append)
     click.echo(f"image {name or what}: Debian {image.version}")
 
 
@@ -54,7 +54,7 @@ def pull(session: Session, what: str, name: str | None) -> None:
 @pass_session
 def add(session: Session, name: str, kernel: Path, initrd: Path | None, append: str) -> None:
     """Name a kernel, its initrd and its command line."""
-    register(session, name, kernel, initrd, append)
+    register(session.client, name, kernel, initrd, append)
 
 
 @image_command.command("list")

@@ -51,7 +51,7 @@ def _shares(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--start", is_flag=True, help="Start it now.")
 @pass_session
 def create_command(
-    session: Session, name: str, kernel: Path | None, initrd: Path | None, **options: Any
+    session: Session, name: str, kernel: Path | None, initrd: Path | None, start: bool, **options: Any
 ) -> None:
     """Define a VM of an IMAGE, or of a KERNEL of its own."""
     if (kernel is None) == (options["image"] is None):
@@ -63,6 +63,8 @@ def create_command(
         if path is not None:
             spec[key] = session.client.upload(path)
     session.client.call("POST", "/vms", body=spec, patience=None)
+    if start:
+        _act(session, "start", [name])
 
 
 @click.command("list")

@@ -23,9 +23,9 @@ BUSYBOX_PACKAGE = "busybox-static"
 
 # Every word earns its place: the console; the host's clock is trusted (no watchdog against it); no time is
 # spent on hiding addresses or on speculation that emulated silicon does not do; RDRAND is not asked; a panic
-# ends the guest at once, and a reset is the triple fault; only one serial port is probed.
+# resets the machine at once; only one serial port is probed.
 APPEND = (
-    "console=ttyS0 tsc=reliable nokaslr mitigations=off random.trust_cpu=off panic=-1 reboot=t "
+    "console=ttyS0 tsc=reliable nokaslr mitigations=off random.trust_cpu=off panic=-1 "
     "no_timer_check 8250.nr_uarts=1 quiet"
 )
 

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A daemon of one's own: temporary state, its own socket, gone when the `with` ends, however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from hostd.ctl.client import Client
+from hostd.ctl.errors import CtlError
+
+_START_TIMEOUT = 20.0
+_STOP_TIMEOUT = 15.0
+
+_CONFIGURATION = """\
+[host]
+state_dir = "{directory}/state"
+runtime_dir = "{directory}"
+shutdown_timeout = 0
+{workers}
+[metrics]
+address = "{metrics}"
+"""
+
+
+@dataclass(frozen=True)
+class PrivateDaemon:
+    """A running daemon that belongs to this process."""
+
+    client: Client
+    socket: Path
+    pid: int
+    #: seconds from its start until its API answered
+    start_seconds: float
+
+
+@contextmanager
+def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0") -> Iterator[PrivateDaemon]:
+    """Run a daemon with temporary state; workers: 0 = one a CPU.  Raises CtlError if it does not start."""
+    with _signals_unwind(), tempfile.TemporaryDirectory(prefix="hostd-") as directory:
+        configuration = Path(directory, "hostd.toml")
+        count = f"workers = {workers}\n" if workers else ""
+        configuration.write_text(_CONFIGURATION.format(directory=directory, workers=count, metrics=metrics))
+        Path(directory, "state").mkdir()
+        log = Path(directory, "log")
+        with log.open("wb") as output:
+            began = time.monotonic()
+            # In a session of its own, Ctrl-C reaches us only, and we end it in order.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hostd.daemon", "--config", str(configuration)],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        socket = Path(directory, "hostd.sock")
+        try:
+            with Client(socket) as client:
+                _await_answer(client, process, log)
+                yield PrivateDaemon(client, socket, process.pid, time.monotonic() - began)
+        finally:
+            _end(process)
+
+
+def _await_answer(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise CtlError(f"the private daemon ended at once: {said[-1]}")
+        with suppress(CtlError):
+            client.host()
+            return
+        time.sleep(0.02)
+    raise CtlError(f"the private daemon did not answer within {_START_TIMEOUT:.0f} seconds")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the daemon and whatever is left of its session."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_STOP_TIMEOUT)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Being told to end must run the clean-up, as Ctrl-C does."""
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
