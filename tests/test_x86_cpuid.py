@@ -13,6 +13,7 @@ from unicorn import UC_ARCH_X86, UC_HOOK_INTR, UC_MODE_64, Uc, UcError
 from unicorn.x86_const import (
     UC_CPU_X86_EPYC,
     UC_X86_REG_CR4,
+    UC_X86_REG_GDTR,
     UC_X86_REG_RAX,
     UC_X86_REG_RCX,
     UC_X86_REG_RDI,
@@ -22,8 +23,10 @@ from unicorn.x86_const import (
     UC_X86_REG_XMM1,
 )
 
+from vmm.state import RDX, CpuState, Segment
 from vmm.x86 import cpuid, flags
 from vmm.x86.cpuid import CpuidTable
+from vmm.x86.descriptors import encode_segment
 
 TABLE = CpuidTable(2_500_000)
 
@@ -49,6 +52,7 @@ def test_identity() -> None:
     eax, ebx, _, _ = TABLE.lookup(1, 0)
     family = (eax >> 8 & 0xF) + (eax >> 20 & 0xFF)
     assert family == 0x17
+    assert eax == TABLE.lookup(0x80000001, 0)[0] == CpuState().gpr[RDX]
     assert ebx >> 16 & 0xFF == 1 and (ebx >> 8 & 0xFF) * 8 == 64
     brand = b"".join(struct.pack("<4I", *TABLE.lookup(0x80000002 + n, 0)) for n in range(3))
     assert brand.rstrip(b"\0") == cpuid.BRAND
@@ -112,8 +116,9 @@ class Sample(NamedTuple):
     memory: bytes = b""
     xmm0: int = 0
     xmm1: int = 0
-    #: (RAX, XMM0, memory at RSI, memory at RDI) afterwards, where told
+    #: RAX, RDX, XMM0, memory at RSI and RDI afterwards, where told
     then_rax: int | None = None
+    then_rdx: int | None = None
     then_xmm0: int | None = None
     then_rsi: bytes = b""
     then_rdi: bytes = b""
@@ -161,6 +166,10 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
     "cr8_legacy": (Sample("f00f20c0"),),  # lock mov eax, cr0; what CR8 holds is the monitor's
     "abm": (Sample("f3480fbdc1", rcx=0, then_rax=64), Sample("f3480fbdc1", rcx=1, then_rax=63)),  # lzcnt
     "sse4a": (Sample("660f78c00804", xmm0=0xABC0, then_xmm0=0xBC),),  # extrq: 8 bits from bit 4
+    "lfence_rdtsc": (Sample("0faee8 0f31"),),
+    # mov ecx, 16; mov gs, ecx (a segment based at 2 MiB); xor ecx, ecx; mov gs, ecx; rdgsbase rax
+    "null_sel_clr_base": (Sample("b910000000 8ee9 f3480faec8 4889c2 31c9 8ee9 f3480faec8",
+                                 rax=1, then_rax=0, then_rdx=0x200000),),
     "3dnowprefetch": (Sample("0f0d0e"),),
     "mmxext": (Sample("480f6ec1 0f70c000 480f7ec0", rcx=7, then_rax=0x0007_0007_0007_0007),),  # pshufw
 }
@@ -175,7 +184,7 @@ PROVIDED = {
     "invariant_tsc": "machine",
 }
 
-CODE, SCRATCH = 0x1000, 0x4000
+CODE, SCRATCH, GDT = 0x1000, 0x4000, 0x8000
 SET_FLAGS = "39c0"  # cmp eax, eax
 
 
@@ -183,6 +192,9 @@ def silicon() -> Uc:
     uc = Uc(UC_ARCH_X86, UC_MODE_64)
     uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)
     uc.mem_map(0, 0x10000)
+    data_at_2_mib = encode_segment(Segment(16, 0xC93, 0xFFFFFFFF, 0x200000))
+    uc.mem_write(GDT + 16, data_at_2_mib.to_bytes(8, "little"))
+    uc.reg_write(UC_X86_REG_GDTR, (0, GDT, 0x17, 0))
     return uc
 
 
@@ -216,6 +228,8 @@ def test_the_silicon_executes(feature: str) -> None:
         assert raised(uc, bytes.fromhex(SET_FLAGS + sample.code)) is None
         if sample.then_rax is not None:
             assert uc.reg_read(UC_X86_REG_RAX) == sample.then_rax
+        if sample.then_rdx is not None:
+            assert uc.reg_read(UC_X86_REG_RDX) == sample.then_rdx
         if sample.then_xmm0 is not None:
             assert uc.reg_read(UC_X86_REG_XMM0) == sample.then_xmm0
         assert uc.mem_read(SCRATCH, len(sample.then_rsi)) == sample.then_rsi
@@ -235,7 +249,8 @@ def test_an_instruction_nobody_has_is_seen_as_such() -> None:
 
 def test_every_feature_offered_is_kept() -> None:
     offered = {name for table in (cpuid.LEAF_1_ECX, cpuid.LEAF_1_EDX, cpuid.LEAF_6_EAX, cpuid.LEAF_7_EBX,
-                                  cpuid.LEAF_80000001_ECX, cpuid.LEAF_80000001_EDX, cpuid.LEAF_80000007_EDX)
+                                  cpuid.LEAF_80000001_ECX, cpuid.LEAF_80000001_EDX, cpuid.LEAF_80000007_EDX,
+                                  cpuid.LEAF_80000021_EAX)
                for name in table}
     assert offered == set(SAMPLES) | set(PROVIDED)
     assert not set(SAMPLES) & set(PROVIDED)

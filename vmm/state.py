@@ -50,7 +50,7 @@ def _real_data() -> Segment:
 class CpuState(msgspec.Struct, forbid_unknown_fields=True):
     """One vCPU at an instruction boundary.  Defaults are the reset state of APM vol. 2, table 14-1."""
 
-    gpr: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0x800F12] + [0] * 13)
+    gpr: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0x830F10] + [0] * 13)
     rip: int = 0xFFF0
     rflags: int = 2
     cs: Segment = msgspec.field(default_factory=lambda: Segment(0xF000, 0x09B, 0xFFFF, 0xFFFF0000))

@@ -13,8 +13,9 @@ from vmm.x86.flags import LINEAR_BITS, PHYSICAL_BITS
 
 Registers = tuple[int, int, int, int]  # eax, ebx, ecx, edx
 
-#: family 17h, model 1, stepping 2; also in EDX after reset
-SIGNATURE = 0x00800F12
+#: family 17h, model 31h, stepping 0; also in EDX after reset.  A later model than the one the silicon calls
+#: itself: operating systems work around faults of the early ones that the silicon does not have.
+SIGNATURE = 0x00830F10
 VENDOR = b"AuthenticAMD"
 BRAND = b"hostd virtual x86 processor"
 
@@ -39,6 +40,7 @@ LEAF_80000001_EDX = {
     "pge": 13, "cmov": 15, "pat": 16, "pse36": 17, "nx": 20, "mmxext": 22, "mmx": 23, "fxsr": 24, "lm": 29,
 }
 LEAF_80000007_EDX = {"invariant_tsc": 8}
+LEAF_80000021_EAX = {"lfence_rdtsc": 2, "null_sel_clr_base": 6}
 
 _APIC = 1 << LEAF_1_EDX["apic"]
 _ZERO: Registers = (0, 0, 0, 0)
@@ -71,7 +73,7 @@ class CpuidTable:
             0x00000001: (SIGNATURE, 1 << 16 | 8 << 8, _bits(LEAF_1_ECX), _bits(LEAF_1_EDX)),
             0x00000006: (_bits(LEAF_6_EAX), 0, 0, 0),
             0x00000007: (0, _bits(LEAF_7_EBX, hidden), 0, 0),
-            0x80000000: (0x80000008, *name),
+            0x80000000: (0x80000021, *name),
             0x80000001: (SIGNATURE, 0, _bits(LEAF_80000001_ECX), _bits(LEAF_80000001_EDX)),
             0x80000002: (brand[0], brand[1], brand[2], brand[3]),
             0x80000003: (brand[4], brand[5], brand[6], brand[7]),
@@ -83,6 +85,7 @@ class CpuidTable:
             0x80000006: (0, 0, 512 << 16 | 6 << 12 | 1 << 8 | 64, 16 << 18 | 8 << 12 | 1 << 8 | 64),
             0x80000007: (0, 0, 0, _bits(LEAF_80000007_EDX)),
             0x80000008: (LINEAR_BITS << 8 | PHYSICAL_BITS, 0, 0, 0),
+            0x80000021: (_bits(LEAF_80000021_EAX), 0, 0, 0),
             **kvm.cpuid_leaves(tsc_khz, APIC_BUS_KHZ),
         }
         self._get = self._leaves.get

@@ -2,8 +2,8 @@
 """The paravirtual interface Linux guests know from KVM: CPUID leaves, kvmclock, steal time, hypercalls.
 
 Linux's Documentation/virt/kvm/x86/{cpuid,msr,hypercalls}.rst describe it.  `KvmInterface` keeps no state
-beside the values of its MSRs, so that these are all a snapshot must carry; the records it maintains
-lie in the guest's memory.
+beside the values of its MSRs, so that `msrs` is all a snapshot must carry; the records it maintains lie in
+the guest's memory.
 """
 
 from __future__ import annotations
@@ -100,42 +100,33 @@ class KvmInterface:
     def __init__(self, memory: PhysicalMemory, tsc_khz: int) -> None:
         self._memory = memory
         self._scale = clock_scale(tsc_khz)
-        #: values of MSR_SYSTEM_TIME and MSR_STEAL_TIME: address of the record, and ENABLED in bit 0
-        self.system_time = 0
-        self.steal_time = 0
-        #: value of MSR_WALL_CLOCK: only its last value, nothing is kept up to date there
-        self.wall_clock = 0
+        #: number -> value; of the wall clock only what was written last, for it is not kept up to date
+        self.msrs = {MSR_WALL_CLOCK: 0, MSR_SYSTEM_TIME: 0, MSR_STEAL_TIME: 0}
 
     def read_msr(self, number: int) -> int:
-        if number == MSR_SYSTEM_TIME:
-            return self.system_time
-        if number == MSR_STEAL_TIME:
-            return self.steal_time
-        if number == MSR_WALL_CLOCK:
-            return self.wall_clock
-        raise GeneralProtection
+        if number not in self.msrs:
+            raise GeneralProtection
+        return self.msrs[number]
 
     def write_msr(self, number: int, value: int, now: Instant) -> None:
         """WRMSR by the guest; `value` has passed the table of vmm/x86/msr.py."""
         if number == MSR_SYSTEM_TIME:
             self._write_system_time(value, now)
-            self.system_time = value
         elif number == MSR_STEAL_TIME:
             self._write_steal_time(value, 0)
-            self.steal_time = value
         elif number == MSR_WALL_CLOCK:
             self._write_wall_clock(value, now)
-            self.wall_clock = value
         else:
             raise GeneralProtection
+        self.msrs[number] = value
 
     def refresh_clock(self, now: Instant) -> None:
         """Rewrite the clock record: after anything that moves the TSC against guest time."""
-        self._write_system_time(self.system_time, now)
+        self._write_system_time(self.msrs[MSR_SYSTEM_TIME], now)
 
     def add_steal(self, ns: int) -> None:
         """Count time the guest wanted to run and did not."""
-        self._write_steal_time(self.steal_time, ns)
+        self._write_steal_time(self.msrs[MSR_STEAL_TIME], ns)
 
     def _write_system_time(self, msr: int, now: Instant) -> None:
         if not msr & ENABLED:
