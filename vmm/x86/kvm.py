@@ -94,7 +94,7 @@ class KvmInterface:
     """One guest's clock and steal time records.
 
     A record in memory the guest does not have is not written; that harms only the guest.  The memory may
-    raise OutOfFrames from any writer here; nothing has changed then, and the call may be repeated.
+    raise OutOfFrames from any writer here; the MSR is unchanged then, and the call may be repeated.
     """
 
     def __init__(self, memory: PhysicalMemory, tsc_khz: int) -> None:
