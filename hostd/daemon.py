@@ -17,6 +17,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,10 +95,9 @@ def _run(configure: Callable[[], Config]) -> None:
 
 async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
     # The largest imports (numpy, the web stack) are done here, so that --version and --check-config have not
-    # to wait for them.
+    # to wait for them; what the first answer of the API does not need comes after it.
     from hostd.api import make_app
     from hostd.host import Host
-    from hostd.metrics import make_metrics_app
 
     notifier = Notifier()
     api, metrics = sockets.adopt(listen_fds())
@@ -117,9 +117,10 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                 async with trio.open_nursery() as servers:
                     closing = trio.Event()
                     await servers.start(_serve, make_app(host), api, closing)
-                    if metrics is not None:
-                        await servers.start(_serve, make_metrics_app(host), metrics, closing)
                     outer.start_soon(host.run)
+                    if metrics is not None:
+                        module = await trio.to_thread.run_sync(import_module, "hostd.metrics")
+                        await servers.start(_serve, module.make_metrics_app(host), metrics, closing)
                     servers.start_soon(_watch, host, notifier)
                     notifier.ready("ready")
                     log.info("ready", extra={"socket": str(config.socket), "metrics": host.metrics_url})

@@ -90,7 +90,8 @@ class Leases:
         self._adopting[vm.lease] = trigger, reply
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
-            since_ns=since_ns, weight=vm.definition.weight, cap=vm.definition.cap))
+            since_ns=since_ns, snapshot=self._memory.snapshot(vm.block),
+            weight=vm.definition.weight, cap=vm.definition.cap))
         if worker.dead:
             why = f"worker {worker.index} died"
             self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
@@ -201,7 +202,7 @@ def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Releas
 
 
 #: how a guest can end by itself: what happens to the VM, and what is said where the worker has no detail
-_ENDINGS: dict[str, tuple[Trigger, str]] = {
+_ENDINGS: dict[protocol.Ending, tuple[Trigger, str]] = {
     "poweroff": (Trigger.POWER_OFF, "powered off"),
     "exit": (Trigger.POWER_OFF, "ended itself by the debug exit port"),
     "reset": (Trigger.RESET, "reset itself"),

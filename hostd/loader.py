@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
 from hostd.errors import Invalid
 from hostd.memory import MachineMemory
-from vmm.boot.image import BootError, BootImage
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import PAGE_SHIFT
 from vmm.state import MachineState, encode
+
+if TYPE_CHECKING:
+    from vmm.boot.image import BootImage
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class BootFiles:
 
 def lay_out(files: BootFiles, memory_bytes: int) -> BootImage:
     """What goes where.  Takes its time: call it in a thread.  Raises Invalid."""
-    from vmm.boot.image import load
+    # not needed before the first guest, and not small
+    from vmm.boot.image import BootError, load
     from vmm.devices.acpi_tables import build
 
     tables = build(memory_bytes)

@@ -9,6 +9,7 @@ unsent, and a report that comes after the fact, both leave the books right.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -28,9 +29,10 @@ LOADER = 0
 class Charge:
     """The shared frames one guest is counted for."""
 
-    def __init__(self, frames: np.ndarray) -> None:
+    def __init__(self, frames: np.ndarray, snapshot: int) -> None:
         #: ascending; never changed, so that clones of one template have one array
         self.frames = frames
+        self.snapshot = snapshot
         self._left = np.ones(len(frames), dtype=bool)
 
     def drop(self, frames: Sequence[int]) -> np.ndarray:
@@ -58,6 +60,7 @@ class MachineMemory:
         #: blocks of all guests that have memory, by first frame
         self._blocks: dict[int, VmBlock] = {}
         self._charges: dict[int, Charge] = {}
+        self._snapshots = itertools.count(1)
 
     # --- guests
 
@@ -89,9 +92,14 @@ class MachineMemory:
         shared = np.sort(FrameAllocator.split(source.leaf())[1])
         charge = self._charges.get(source.first)
         if charge is None or not np.array_equal(charge.frames, shared):
-            charge = self._charges[source.first] = Charge(shared)
-        self._charges[block.first] = Charge(charge.frames)
+            charge = self._charges[source.first] = Charge(shared, next(self._snapshots))
+        self._charges[block.first] = Charge(charge.frames, charge.snapshot)
         return block
+
+    def snapshot(self, block: VmBlock) -> int:
+        """The number of the moment since which its shared frames have not changed; 0: none."""
+        charge = self._charges.get(block.first)
+        return charge.snapshot if charge is not None else 0
 
     def free(self, block: VmBlock) -> None:
         """A guest that no worker has any more is gone."""

@@ -22,6 +22,8 @@ MAX_MESSAGE = 16 << 20
 MAX_CHUNK = 64 << 10
 
 Request = Literal["adopt", "release"]
+#: how a guest can end by itself
+Ending = Literal["poweroff", "reset", "crashed", "exit"]
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -41,6 +43,8 @@ class Adopt(Message, frozen=True):
     #: 0: the guest was paused, and its clock goes on from where it stood; else it was running until this host
     #: monotonic time, and what passed since then has passed for it, too
     since_ns: int
+    #: guests with the same number, not 0, share frames that have not changed since they were first shared
+    snapshot: int
     weight: int
     cap: int
 
@@ -118,7 +122,7 @@ class Stopped(Message, frozen=True):
     """The guest ended by itself and is no longer here.  `status` is the debug-exit port's."""
 
     vm: str
-    why: Literal["poweroff", "reset", "crashed", "exit"]
+    why: Ending
     detail: str
     status: int | None
 

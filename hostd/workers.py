@@ -25,6 +25,7 @@ from hostd import protocol
 from hostd.errors import Failed
 from hostd.lifecycle import Backoff
 from hostd.model import WorkerView
+from vmm.silicon import tsc
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,9 @@ class Workers:
                  options: Sequence[str] = (),
                  command: Sequence[str] = WORKER_COMMAND) -> None:
         self._command = command
-        self._arguments = [str(pool_fd), str(pool_bytes), *options]
+        self._pool_bytes = pool_bytes
+        self._options = options
+        self._tsc_khz = 0
         self._pool_fd = pool_fd
         self._listener = listener
         self._slots = [Worker(index, 0) for index in range(count)]
@@ -167,6 +170,8 @@ class Workers:
 
     async def run(self) -> None:
         """Keep all workers running until cancelled or `quit`."""
+        # measured once, so that guests see one frequency wherever they go
+        self._tsc_khz = await trio.to_thread.run_sync(tsc.measure_khz)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             async with trio.open_nursery() as slots:
@@ -228,7 +233,8 @@ class Workers:
             path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
             try:
                 process = await trio.lowlevel.open_process(
-                    [*self._command, str(theirs.fileno()), str(worker.index), *self._arguments],
+                    [*self._command, str(theirs.fileno()), str(worker.index), str(self._pool_fd),
+                     str(self._pool_bytes), str(self._tsc_khz), *self._options],
                     stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), self._pool_fd),
                     # ^C on a terminal is for the daemon, which stops guests before it stops workers
                     start_new_session=True, env={**os.environ, "PYTHONPATH": path})

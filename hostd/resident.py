@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest while a worker has it: its machine, and its books."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from hostd.protocol import Adopt
+from hostd.scheduler import Usage
+from vmm.machine import VirtualMachine
+from vmm.memory.block import VmBlock
+from vmm.memory.frames import FrameSource
+from vmm.monitor import Stop, StopReason
+from vmm.silicon.cpu import Cpu, CpuShutdown
+from vmm.state import decode, encode
+
+log = logging.getLogger(__name__)
+
+
+class Resident:
+    """Raises StateError for a state that cannot be loaded."""
+
+    def __init__(self, adopt: Adopt, cpu: Cpu, block: VmBlock, frames: FrameSource, tsc_khz: int,
+                 console: Callable[[bytes], None]) -> None:
+        self.lease = adopt.vm
+        #: CLOCK_MONOTONIC ns of its entry among the worker's alarms that counts
+        self.alarm: int | None = None
+        state = decode(adopt.state)
+        if adopt.since_ns:
+            passed = max(0, time.monotonic_ns() - adopt.since_ns)
+            state.time_ns += passed
+            state.cpu.tsc = state.cpu.tsc + passed * tsc_khz // 1_000_000 & (1 << 64) - 1
+        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz)
+        self.machine.resume_clock()
+        self._accounting = block.accounting
+        # what it had before it came here; the run queue counts from zero
+        self._before = Usage(block.accounting.run_ns, block.accounting.wait_ns, block.accounting.sleep_ns)
+        self._stolen = 0
+
+    def run(self, deadline_ns: int) -> Stop:
+        """Run until CLOCK_MONOTONIC `deadline_ns` at the latest.
+
+        A mistake of the monitor costs the guest that found it, not the others; but a CPU that shut down is of
+        no use to anybody, and takes the process with it.
+        """
+        try:
+            return self.machine.run(deadline_ns)
+        except CpuShutdown:
+            raise
+        except Exception as error:
+            log.exception("the monitor failed", extra={"vm": self.lease})
+            return Stop(StopReason.CRASHED, f"the monitor failed: {type(error).__name__}: {error}")
+
+    def capture(self) -> bytes:
+        """Its state without memory; it is off the CPU from here on."""
+        return encode(self.machine.capture())
+
+    def account(self, usage: Usage) -> None:
+        """Publish where its time went."""
+        before, accounting = self._before, self._accounting
+        accounting.run_ns = before.run_ns + usage.run_ns
+        accounting.wait_ns = before.wait_ns + usage.wait_ns
+        accounting.sleep_ns = before.sleep_ns + usage.sleep_ns
+
+    def tell_steal(self, wait_ns: int) -> None:
+        """Let the guest know how long it waited for the CPU, in all, since it came here."""
+        stolen, self._stolen = self._stolen, wait_ns
+        if wait_ns > stolen:
+            self.machine.add_steal(wait_ns - stolen)
