@@ -24,10 +24,10 @@ class Rig:
         self.poweroffs = 0
         self.exits: list[int] = []
         self.board = Board(
-            now=lambda: self.now, wall=lambda: WALL + self.now / SECOND, read_tsc=lambda: self.now * TSC_PER_NS,
-            tsc_to_ns=lambda tsc: -(-tsc // TSC_PER_NS), console_sink=self.console.extend,
-            on_reset=self._reset, on_poweroff=self._power_off, on_debug_exit=self.exits.append,
-            memory_bytes=MEMORY)
+            now=lambda: self.now, wall=lambda: WALL + self.now / SECOND,
+            read_tsc=lambda: self.now * TSC_PER_NS, tsc_to_ns=lambda tsc: -(-tsc // TSC_PER_NS),
+            console_sink=self.console.extend, on_reset=self._reset, on_poweroff=self._power_off,
+            on_debug_exit=self.exits.append, memory_bytes=MEMORY)
         self.interrupts = self.board.interrupts
         self.lapic = self.board.lapic
 

@@ -74,7 +74,7 @@ def test_an_access_across_devices_is_split(bus: Bus) -> None:
 @pytest.mark.parametrize(("base", "length"), [(0x0F, 2), (0x10, 1), (0x13, 4), (0x00, 0x100), (0x11, 1)])
 def test_overlap_is_refused(bus: Bus, base: int, length: int) -> None:
     bus.attach(0x10, 4, Memory(4, {1}), "first")
-    with pytest.raises(BusOverlap, match="second at .* overlaps first"):
+    with pytest.raises(BusOverlap, match=r"second at .* overlaps first"):
         bus.attach(base, length, Memory(4, {1}), "second")
 
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from tests.devices_rig import Rig
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.devices_rig import Rig
 from vmm.devices.pic8259 import Elcr, PicPair
 
 

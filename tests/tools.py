@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 #: program -> the Debian package it comes in
-PACKAGES = {"gcc": "gcc", "prometheus": "prometheus", "promtool": "prometheus",
+PACKAGES = {"gcc": "gcc", "iasl": "acpica-tools", "prometheus": "prometheus", "promtool": "prometheus",
             "qemu-system-x86_64": "qemu-system-x86", "systemd-analyze": "systemd"}
 
 

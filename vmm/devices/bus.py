@@ -118,9 +118,10 @@ class PortBus(Bus):
     def attach(self, base: int, length: int, device: Device, name: str) -> None:
         """As `Bus.attach`."""
         super().attach(base, length, device, name)
+        read, write = device.read, device.write
         for size in device.sizes:
             for offset in range(length - size + 1):
-                self._whole[base + offset | size << 16] = (device.read, device.write, offset)
+                self._whole[base + offset | size << 16] = (read, write, offset)
 
     def detach(self, name: str) -> None:
         """As `Bus.detach`."""

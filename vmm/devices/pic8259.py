@@ -151,10 +151,13 @@ class Pic(Saved):
             elif rotate:
                 self.rotation = (value & 7) + 1 & 7
             return
-        rank = self._rank(self._served())
-        if not specific and not rank:
-            return
-        pin = value & 7 if specific else self._input(rank)
+        if specific:
+            pin = value & 7
+        else:
+            rank = self._rank(self._served())
+            if not rank:
+                return
+            pin = self._input(rank)
         self.isr &= ~(1 << pin)
         if rotate:
             self.rotation = pin + 1 & 7
@@ -188,7 +191,8 @@ class Pic(Saved):
         return self._input(rank) if not served or rank < served else None
 
     def _update(self) -> None:
-        output = self._request() is not None
+        # most often nothing is pending: a mask is written, or the request just served is ended
+        output = self.irr & ~self.imr != 0 and self._request() is not None
         if output != self.output:
             self.output = output
             self._changed(output)

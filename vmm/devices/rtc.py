@@ -36,9 +36,9 @@ ALARM_ANY = 0xC0
 #: the update-in-progress bit comes this long before the update (data sheet, table 6)
 UPDATE_WARNING_NS = 244_000
 
-#: years the guest can set the clock to
-LEAST_YEAR, MOST_YEAR = 1970, 2199
-MOST_OFFSET = 300 * 366 * 86_400 * NS
+#: years the guest can set the clock to, so that its time in ns and the offset to it fit 64 bits
+LEAST_YEAR, MOST_YEAR = 1970, 2149
+MOST_OFFSET = 180 * 366 * 86_400 * NS
 
 
 def cmos_memory_bytes(memory_bytes: int) -> dict[int, int]:
@@ -57,7 +57,7 @@ class Rtc(Saved):
 
     SAVED: ClassVar[Kinds] = {
         "index": bits(CMOS_SIZE - 1), "cmos": octets(CMOS_SIZE, CMOS_SIZE),
-        "offset": between(-MOST_OFFSET, MOST_OFFSET), "looked": between(-MOST_OFFSET, 1 << 62),
+        "offset": between(-MOST_OFFSET, MOST_OFFSET), "looked": between(-MOST_OFFSET, (1 << 63) - 1),
         "periodic_from": between(0, 1 << 62),
     }
 
