@@ -251,7 +251,8 @@ def end(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize(("code", "divider"), [
-    (0b0000, 2), (0b0001, 4), (0b0010, 8), (0b0011, 16), (0b1000, 32), (0b1001, 64), (0b1010, 128), (0b1011, 1)])
+    (0b0000, 2), (0b0001, 4), (0b0010, 8), (0b0011, 16), (0b1000, 32), (0b1001, 64), (0b1010, 128),
+    (0b1011, 1)])
 def test_dividers(apic: Rig, code: int, divider: int) -> None:
     apic.apic_write(DIVIDE, code)
     apic.apic_write(LVT_TIMER, 0x40)
