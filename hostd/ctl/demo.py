@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from rich.console import Group, RenderableType
-from rich.live import Live
+from rich.console import Group
 from rich.text import Text
 
 from hostd.ctl.client import Client, vm_path
 from hostd.ctl.formatting import console, duration, print_fields, size
 from hostd.ctl.images import register
-from hostd.ctl.live import Activity
+from hostd.ctl.live import Activity, Screen
 from hostd.ctl.private import PrivateDaemon, private_daemon
 from hostd.ctl.pull import PullError, build_debian
 from hostd.ctl.usage import CpuMeter, processes, proportional_bytes
@@ -96,14 +95,13 @@ def run(daemon: PrivateDaemon, template: Template, count: int, seconds: float) -
     clone_seconds = clone(client, count)
     say(f"{count} guests running after {duration(clone_seconds)}")
     pids = processes(client.host())
-    meter = CpuMeter(pids)
-    watch(client, seconds)
+    idle_cpu = watch(client, seconds, pids)
     return Figures(
         daemon_seconds=daemon.start_seconds,
         boot_seconds=boot_seconds,
         clone_seconds=clone_seconds,
         bytes_per_guest=proportional_bytes(pids) / count,
-        idle_cpu=meter.share(),
+        idle_cpu=idle_cpu,
         exits=exits_by_reason(client),
     )
 
@@ -132,25 +130,24 @@ def clone(client: Client, count: int) -> float:
     return time.monotonic() - began
 
 
-def watch(client: Client, seconds: float) -> None:
-    """Show the live table for a while."""
+def watch(client: Client, seconds: float, pids: list[int]) -> float:
+    """Show the live table for a while; the CPUs the daemon used in the second half, when all had settled."""
     activity = Activity(client)
     activity.look()
-    screen = console()
     end = time.monotonic() + seconds
-    with Live(console=screen, auto_refresh=False, transient=screen.is_terminal) as live:
+    meter: CpuMeter | None = None
+    with Screen() as screen:
         while (left := end - time.monotonic()) > 0:
-            time.sleep(min(1.0, left))
+            if meter is None and left <= seconds / 2:
+                meter = CpuMeter(pids)
+            time.sleep(min(1.0, left, seconds / 4))
             activity.look()
-            if screen.is_terminal:
-                live.update(_screenful(activity, screen.height, end - time.monotonic()), refresh=True)
-        if not screen.is_terminal:
-            live.update(activity.table(), refresh=True)
-
-
-def _screenful(activity: Activity, height: int, left: float) -> RenderableType:
-    remark = Text(f"\n{max(left, 0):.0f} s left; Ctrl-C ends", style="dim")
-    return Group(activity.table(max(height - 7, 3)), remark)
+            if screen.rows is not None:
+                remark = Text(f"\n{max(left, 0):.0f} s left; Ctrl-C ends", style="dim")
+                screen.show(Group(activity.table(screen.rows), remark))
+    console().print(activity.table())
+    assert meter is not None, "the loop looks at least twice in the second half"
+    return meter.share()
 
 
 def exits_by_reason(client: Client) -> Counter[str]:

@@ -46,7 +46,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    console().print(table(headings, rows))
+    screen = console()
+    with screen.capture() as captured:
+        screen.print(table(headings, rows))
+    # rich fills every line up to the width of the table
+    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def print_fields(fields: Iterable[tuple[str, Any]]) -> None:

@@ -84,16 +84,14 @@ def list_command(session: Session, names: tuple[str, ...]) -> None:
     print_table(_HEADINGS, [_row(vm) for vm in vms])
 
 
-_HEADINGS = ("NAME", "STATE", ">MEMORY", ">PRIVATE", ">SHARED", ">CPU", ">UPTIME", ">WEIGHT", ">CAP", "IMAGE",
-             "TEMPLATE")
+_HEADINGS = ("NAME", "STATE", ">MEMORY", ">PRIVATE", ">SHARED", ">CPU", ">UPTIME", "IMAGE", "TEMPLATE")
 
 
 def _row(vm: VmView) -> tuple[Any, ...]:
     usage = vm.memory_usage
     return (
         vm.name, state(vm.state), size(vm.memory), size(usage.private), size(usage.shared),
-        duration(vm.cpu.run), duration(vm.uptime_s), vm.weight, f"{vm.cap}%" if vm.cap else "-",
-        dash(vm.image), dash(vm.template),
+        duration(vm.cpu.run), duration(vm.uptime_s), dash(vm.image), dash(vm.template),
     )  # fmt: skip
 
 

@@ -7,16 +7,17 @@ import time
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
+from rich.live import Live
 from rich.text import Text
 
 from hostd.ctl.client import Client
-from hostd.ctl.formatting import dash, duration, size, state, table
+from hostd.ctl.formatting import console, dash, duration, size, state, table
 from hostd.model import FrameCounts, HostView, VmView
 
 _FRAME = 4096
 
-_HEADINGS = ("NAME", "STATE", ">WORKER", ">CPU", ">WAIT", ">EXITS/S", ">SWITCHES/S", ">PRIVATE", ">SHARED",
-             ">UPTIME")
+#: SW/S: world switches a second; all fit into eighty columns
+_HEADINGS = ("NAME", "STATE", ">WORKER", ">CPU", ">WAIT", ">EXITS/S", ">SW/S", ">PRIVATE", ">SHARED", ">UPTIME")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,34 @@ class _Rates:
     wait: float
     exits: float
     switches: float
+
+
+class Screen:
+    """Where the table is shown: redrawn in place on a terminal, one after the other elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = console()
+        self._live = Live(console=self._console, auto_refresh=False, screen=True)
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    @property
+    def rows(self) -> int | None:
+        """How many VMs fit on the terminal."""
+        return max(self._console.height - 6, 1) if self._console.is_terminal else None
+
+    def show(self, content: RenderableType) -> None:
+        if self._console.is_terminal:
+            self._live.update(content, refresh=True)
+        else:
+            self._console.print(content)
 
 
 class Activity:

@@ -30,6 +30,7 @@ from vmm.memory.pool import PAGE, Pool
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import tsc
 from vmm.silicon.cpu import Cpu
+from vmm.silicon.layout import SiliconError
 from vmm.state import MachineState
 
 _FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -89,7 +90,10 @@ def machine(files: BootFiles, memory_bytes: int) -> Iterator[tuple[VirtualMachin
     for gpa, data in image.writes:
         memory.write(gpa, data)
     state = MachineState(memory_bytes=memory_bytes, cpu=image.cpu)
-    cpu = Cpu(pool)
+    try:
+        cpu = Cpu(pool)
+    except SiliconError as error:
+        raise CtlError(str(error)) from None
     try:
         yield VirtualMachine(cpu, block, magazine, state, write_out, tsc.measure_khz()), cpu
     finally:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from itertools import islice
 
 import click
 import msgspec
-from rich.live import Live
 
-from hostd.ctl.formatting import clock, console, duration, print_fields, print_json, print_table, size
-from hostd.ctl.live import Activity
+from hostd.ctl.formatting import clock, duration, print_fields, print_json, print_table, size
+from hostd.ctl.live import Activity, Screen
 from hostd.ctl.session import Session, format_option, one_name, pass_session
 from hostd.model import WorkerView
 
@@ -46,18 +47,13 @@ def top_command(session: Session, interval: float, count: int | None, rows: int 
     """Watch all VMs, the busiest first; Ctrl-C leaves."""
     activity = Activity(session.client)
     activity.look()
-    screen = console()
     looks = 0
-    try:
-        with Live(console=screen, auto_refresh=False, screen=screen.is_terminal) as live:
-            while count is None or looks < count:
-                time.sleep(interval)
-                activity.look()
-                looks += 1
-                fitting = screen.height - 4 if screen.is_terminal else None
-                live.update(activity.table(rows or fitting), refresh=True)
-    except KeyboardInterrupt:
-        return
+    with suppress(KeyboardInterrupt), Screen() as screen:
+        while count is None or looks < count:
+            time.sleep(interval)
+            activity.look()
+            looks += 1
+            screen.show(activity.table(rows or screen.rows))
 
 
 @click.command("events")
@@ -66,17 +62,13 @@ def top_command(session: Session, interval: float, count: int | None, rows: int 
 @pass_session
 def events_command(session: Session, count: int | None) -> None:
     """Print what happens on the host, as it happens; Ctrl-C leaves."""
-    try:
-        for number, event in enumerate(session.client.events(), 1):
+    with suppress(KeyboardInterrupt):
+        for event in islice(session.client.events(), count):
             if session.json:
                 click.echo(msgspec.json.encode(event))
             else:
                 data = " ".join(f"{key}={value}" for key, value in event.data.items())
                 click.echo(f"{clock(event.time)} {event.type:<14} {event.vm or '-':<20} {data}".rstrip())
-            if number == count:
-                return
-    except KeyboardInterrupt:
-        return
 
 
 @click.command("operations")
