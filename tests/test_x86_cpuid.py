@@ -160,7 +160,6 @@ SAMPLES: dict[str, tuple[Sample, ...]] = {
         Sample("c4e2f1f7c2", rcx=4, rdx=0xF, then_rax=0xF0),  # shlx
         Sample("c4e2fbf6c1", rcx=U64, rdx=2, then_rax=1),  # mulx: the high half
     ),
-    "erms": (Sample("f3a4", rcx=5, memory=b"bytes", then_rdi=b"bytes"),),
     "adx": (Sample("f9 66480f38f6c1", rax=1, rcx=1, then_rax=3),),  # stc; adcx
     "lahf_lm": (Sample("f9 9f", then_rax=0x4700),),  # stc; lahf, with ZF and PF from SET_FLAGS
     "cr8_legacy": (Sample("f00f20c0"),),  # lock mov eax, cr0; what CR8 holds is the monitor's

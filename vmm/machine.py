@@ -72,7 +72,7 @@ class VirtualMachine:
 
     def add_steal(self, ns: int) -> None:
         """Tell the guest of time it wanted to run and did not."""
-        if ns > 0 and self.processor.kvm.steal_time:
+        if ns > 0:
             try:
                 self.processor.add_steal(ns)
             except OutOfFrames:

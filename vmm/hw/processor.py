@@ -107,9 +107,8 @@ class Processor:
             kind = msr.MSRS[number].kind if number in msr.MSRS else None
             if kind == "plain":
                 self._msrs[number] = value
-        self.kvm.system_time = state.msrs.get(kvm.MSR_SYSTEM_TIME, 0)
-        self.kvm.steal_time = state.msrs.get(kvm.MSR_STEAL_TIME, 0)
-        self.kvm.wall_clock = state.msrs.get(kvm.MSR_WALL_CLOCK, 0)
+        for number in self.kvm.msrs:
+            self.kvm.msrs[number] = state.msrs.get(number, 0)
         event = Event.decode(state.pending_event)
         if event is not None and event.type == EventType.INTR:
             self._accepted = event.vector
@@ -448,8 +447,7 @@ class Processor:
         self.evict()
         state = self.cpu.save_state(self.guest)
         state.msrs.update(self._msrs)
-        state.msrs.update({kvm.MSR_SYSTEM_TIME: self.kvm.system_time, kvm.MSR_STEAL_TIME: self.kvm.steal_time,
-                           kvm.MSR_WALL_CLOCK: self.kvm.wall_clock})
+        state.msrs.update(self.kvm.msrs)
         state.cr8 = self.lapic.cr8
         state.halted = self.halted
         state.nmi_masked = self.nmi_masked
