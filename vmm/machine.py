@@ -54,8 +54,8 @@ class VirtualMachine:
         return None if deadline >= NEVER else self.clock.host_ns(deadline)
 
     def wake_pending(self) -> bool:
-        """Whether a halted guest has an interrupt to take."""
-        return self.board.interrupts.output or self.board.interrupts.nmi_pending
+        """Whether a halted guest would wake now (HLT with IF clear waits for an NMI alone)."""
+        return self.processor.wakes()
 
     @property
     def halted(self) -> bool:

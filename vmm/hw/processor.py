@@ -133,8 +133,10 @@ class Processor:
                     timers.run(now - base)
                 if interrupts.nmi_pending and not self.nmi_masked:
                     self._take_nmi()
-                if self.halted and not self._wakes():
-                    return Stop(StopReason.HALTED)
+                if self.halted:
+                    if not self.wakes():
+                        return Stop(StopReason.HALTED)
+                    self.halted = False
                 if now >= deadline_ns:
                     return Stop(StopReason.SLICE)
                 if self.verdict is not None:
@@ -168,14 +170,11 @@ class Processor:
         assert verdict is not None
         return verdict
 
-    def _wakes(self) -> bool:
-        """A halted guest: is there an interrupt for it?"""
-        if self.verdict is not None:
+    def wakes(self) -> bool:
+        """Whether there is something a halted guest must be run for."""
+        if self.verdict is not None or (self.interrupts.nmi_pending and not self.nmi_masked):
             return True
-        if (self.interrupts.output or self._accepted is not None) and self.rflags_if():
-            self.halted = False
-            return True
-        return False
+        return (self.interrupts.output or self._accepted is not None) and self.rflags_if()
 
     def rflags_if(self) -> bool:
         """The guest's IF, wherever its registers are now."""
