@@ -84,7 +84,7 @@ def _fail(what: str) -> SiliconError:
                         "install unicorn==2.1.4 from PyPI")
 
 
-def _context_image(handle: ctypes.c_void_p, size: int) -> tuple[bytes, int]:
+def _context_image(handle: ctypes.c_void_p, size: int) -> bytes:
     context = ctypes.c_void_p()
     if uclib.uc_context_alloc(handle, ctypes.byref(context)):
         raise _fail("a register context cannot be allocated")
@@ -92,12 +92,15 @@ def _context_image(handle: ctypes.c_void_p, size: int) -> tuple[bytes, int]:
     address = context.value or 0
     image = ctypes.string_at(address + CONTEXT_HEADER, size - CONTEXT_HEADER)
     uclib.uc_context_free(context)
-    return image, address
+    return image
 
 
-def _find_env(struct_address: int, image: bytes, context: int, size: int) -> tuple[int, int]:
-    """(address of env, address of the CPU object): the one pointer of uc_struct that leads to a copy of
-    `image` which is not the saved context itself."""
+def _find_env(uc: Uc, struct_address: int, image: bytes) -> tuple[int, int]:
+    """(address of env, address of the CPU object), found through the pointers of uc_struct.
+
+    Copies of the image lie about (saved contexts, our own buffers); the live one is that which follows a
+    change made through the public interface.  The CPU object is the closest pointer below it.
+    """
     pointers = struct.unpack(f"<{_UC_STRUCT_BYTES // 8}Q", ctypes.string_at(struct_address, _UC_STRUCT_BYTES))
     found: dict[int, int] = {}
     memory = os.open("/proc/self/mem", os.O_RDONLY)   # reads of wild addresses fail instead of faulting
@@ -111,18 +114,27 @@ def _find_env(struct_address: int, image: bytes, context: int, size: int) -> tup
                 continue
             at = data.find(image)
             while at >= 0:
-                address = pointer + at
-                ours = id(image) <= address < id(image) + size   # CPython: the object itself
-                if not ours and not context <= address < context + size:
-                    found.setdefault(address, pointer)
-                    # the CPU object is the closest pointer below its env
-                    found[address] = max(found[address], pointer)
+                found[pointer + at] = max(found.get(pointer + at, 0), pointer)
                 at = data.find(image, at + 8)
+        live = {}
+        old = uc.reg_read(x86_const.UC_X86_REG_R15)
+        for value in (old ^ 0x5A5A5A5A, old):
+            uc.reg_write(x86_const.UC_X86_REG_R15, value)
+            live = {env: cpu for env, cpu in (live or found).items()
+                    if _peek(memory, env + (GPR + 15) * 8) == value}
     finally:
         os.close(memory)
-    if len(found) != 1:
-        raise _fail(f"{len(found)} live copies of the register file instead of one")
-    return next(iter(found.items()))
+    if len(live) != 1:
+        raise _fail(f"{len(live)} live copies of the register file instead of one")
+    return next(iter(live.items()))
+
+
+def _peek(memory: int, address: int) -> int:
+    """The quadword at an address that need not exist any more; -1 then."""
+    try:
+        return int.from_bytes(os.pread(memory, 8, address), "little")
+    except OSError:
+        return -1
 
 
 def _index(image: bytes, value: int, what: str, width: int = 8) -> int:
@@ -165,8 +177,8 @@ def find(uc: Uc, handle: int) -> Layout:
     for name, msr in _MARKED_MSRS32:
         before.append((uc.msr_write, msr, uc.msr_read(msr)))
         uc.msr_write(msr, mark(name, 31))
-    image, context = _context_image(pointer, size)
-    env, cpu_object = _find_env(handle, image, context, size)
+    image = _context_image(pointer, size)
+    env, cpu_object = _find_env(uc, handle, image)
     dr0 = _index(image, marks["DR0"], "DR0")
     star = _index(image, marks["STAR"], "STAR")
     sysenter_esp = _index(image, marks["SYSENTER_ESP"], "SYSENTER_ESP")
@@ -207,6 +219,6 @@ def _find_pat(uc: Uc, handle: ctypes.c_void_p, size: int) -> int:
     images = []
     for value in (0x0606060606060606, 0x0706050401000706):
         uc.msr_write(0x277, value)
-        images.append(_context_image(handle, size)[0])
+        images.append(_context_image(handle, size))
     uc.msr_write(0x277, old)
     return _index(images[1], 0x0706050401000706, "PAT")
