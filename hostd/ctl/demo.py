@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.text import Text
 
 from hostd.ctl.client import Client, vm_path
+from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import console, duration, print_fields, size
 from hostd.ctl.images import register
 from hostd.ctl.live import Activity, Screen
@@ -70,8 +70,7 @@ def demo_command(guests: int, seconds: float) -> None:
         try:
             figures = run(daemon, template, guests, seconds)
         except KeyboardInterrupt:
-            say("interrupted; cleaning up")
-            sys.exit(130)
+            raise CtlError("interrupted, cleaning up") from None
     summarize(figures, guests)
 
 

@@ -17,7 +17,8 @@ from hostd.model import FrameCounts, HostView, VmView
 _FRAME = 4096
 
 #: SW/S: world switches a second; all fit into eighty columns
-_HEADINGS = ("NAME", "STATE", ">WORKER", ">CPU", ">WAIT", ">EXITS/S", ">SW/S", ">PRIVATE", ">SHARED", ">UPTIME")
+_HEADINGS = ("NAME", "STATE", ">WORKER", ">CPU", ">WAIT", ">EXITS/S", ">SW/S", ">PRIVATE", ">SHARED",
+             ">UPTIME")
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,17 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def _signals_unwind() -> Iterator[None]:
-    """Being told to end must run the clean-up, as Ctrl-C does."""
+    """Being told to end runs the clean-up, once: impatience must not cut it short."""
+    unwinding = False
 
     def unwind(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        nonlocal unwinding
+        if not unwinding:
+            unwinding = True
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = {number: signal.signal(number, unwind) for number in (signal.SIGTERM, signal.SIGHUP)}
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, unwind) for number in ending}
     try:
         yield
     finally:

@@ -13,8 +13,8 @@ from hostd.model import HostView
 
 
 def processes(host: HostView) -> list[int]:
-    """The daemon and its workers."""
-    return [host.pid, *(worker.pid for worker in host.workers)]
+    """The daemon and those of its workers that run."""
+    return [host.pid, *(worker.pid for worker in host.workers if worker.pid)]
 
 
 def proportional_bytes(pids: Iterable[int]) -> int:
