@@ -7,11 +7,16 @@ standard error.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import click
+from click.exceptions import NoArgsIsHelpError
 
+from hostd.ctl.errors import USAGE, CtlError
 from hostd.ctl.session import DEFAULT_SOCKET, FORMATS, Session
 
 #: command -> module of hostd.ctl it lives in; imported when used, so that no command pays for the others
@@ -38,6 +43,27 @@ class _Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(f"hostd.ctl.{COMMANDS[name]}"), f"{name}_command")
         return command
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _usage_in_a_sentence():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _usage_in_a_sentence():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_in_a_sentence() -> Iterator[None]:
+    """click's complaints about the command line, in the form of all others, and one line instead of four."""
+    try:
+        yield
+    except NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "hostctl"
+        sentence = error.format_message().rstrip(".")
+        raise CtlError(f"{sentence} (see {where} --help)", USAGE) from None
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

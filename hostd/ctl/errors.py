@@ -8,6 +8,7 @@ from typing import IO, Any
 import click
 
 FAILED = 1
+USAGE = 2
 NOT_FOUND = 3
 TIMEOUT = 4
 
