@@ -46,6 +46,7 @@ _NO_RESUME = frozenset({Vector.DB, Vector.NMI, Vector.BP, Vector.OF, Vector.DF, 
 _FRAME5 = struct.Struct("<5Q")
 _FRAME6 = struct.Struct("<6Q")
 _INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
+_MOST_SEGMENTS = 64
 
 
 class TripleFault(Exception):
@@ -63,23 +64,24 @@ class Delivery:
         self.regs = regs
         self.linear = linear
         self.q, self.d = regs.q, regs.d
+        self._segments: dict[int, Segment] = {}
 
     def exception(self, vector: int, error_code: int | None = None, address: int | None = None) -> None:
         """Deliver an exception; what its delivery raises is delivered next, as table 8-5 of the manual says.
 
         Raises TripleFault, Unsupported, OutOfFrames (nothing happened, may be repeated).
         """
-        fault = GuestFault(vector, error_code, address)
         while True:
-            if fault.address is not None:
-                self.q[at.CR + 2] = fault.address
+            if address is not None:
+                self.q[at.CR + 2] = address
             try:
-                self._deliver(fault.vector, fault.error_code, software=False)
+                self._deliver(vector, error_code, False, False)
                 return
             except GuestFault as second:
-                fault = self._combine(fault.vector, second)
+                fault = self._combine(vector, second)
             except BadAddress:
-                fault = self._combine(fault.vector, GeneralProtection())
+                fault = self._combine(vector, GeneralProtection())
+            vector, error_code, address = fault.vector, fault.error_code, fault.address
 
     @staticmethod
     def _combine(first: int, second: GuestFault) -> GuestFault:
@@ -96,7 +98,7 @@ class Delivery:
         the guest's IDT cannot take it.
         """
         try:
-            self._deliver(vector, None, software=False, external=True)
+            self._deliver(vector, None, False, True)
         except GuestFault as fault:
             self.exception(fault.vector, fault.error_code, fault.address)
         except BadAddress:
@@ -105,7 +107,7 @@ class Delivery:
     def software(self, vector: int, start: int) -> None:
         """`int n` at `start`, RIP being behind it: faults point at the instruction."""
         try:
-            self._deliver(vector, None, software=True)
+            self._deliver(vector, None, True, False)
         except (GuestFault, BadAddress) as error:
             self.q[at.RIP] = start
             fault = error if isinstance(error, GuestFault) else GeneralProtection()
@@ -116,8 +118,7 @@ class Delivery:
 
     # -- by mode -----------------------------------------------------------------------------------
 
-    def _deliver(self, vector: int, error_code: int | None, *, software: bool,
-                 external: bool = False) -> None:
+    def _deliver(self, vector: int, error_code: int | None, software: bool, external: bool) -> None:
         q = self.q
         if error_code is None and not software and not external and vector in PUSHES_ERROR_CODE:
             error_code = 0
@@ -139,8 +140,7 @@ class Delivery:
         ext = 0 if software else SELECTOR_EXT
         if vector * 16 + 15 > q[at.IDTR + 2] & MASK32:
             raise GeneralProtection(vector * 8 | SELECTOR_IDT | ext)
-        entry = q[at.IDTR + 1] + vector * 16
-        low, high = linear.read_quad(entry), linear.read_quad(entry + 8)
+        low, high = linear.read_pair(q[at.IDTR + 1] + vector * 16)
         kind = low >> 40 & 0x1F
         if kind not in (_INTERRUPT_GATE, _TRAP_GATE):
             raise GeneralProtection(vector * 8 | SELECTOR_IDT | ext)
@@ -171,17 +171,8 @@ class Delivery:
             raise GuestFault(Vector.SS, ext)
         if not is_canonical(target):
             raise GeneralProtection(ext)
-        if stack & 0xFFF <= 0x1000 - size:
-            place = linear.machine(stack, True)
-            if error_code is None:
-                _FRAME5.pack_into(linear.view, place, *frame)
-            else:
-                _FRAME6.pack_into(linear.view, place, error_code, *frame)
-        else:
-            data = _FRAME5.pack(*frame)
-            if error_code is not None:
-                data = error_code.to_bytes(8, "little") + data
-            linear.general().write(stack, data)
+        data = _FRAME5.pack(*frame) if error_code is None else _FRAME6.pack(error_code, *frame)
+        linear.write(stack, data)
         # nothing below can fail
         q[4] = stack
         q[at.RIP] = target
@@ -202,15 +193,23 @@ class Delivery:
         """The gate's code segment and the CPL its handler runs at, checked (APM vol. 2, 8.7.4)."""
         if ds.is_null(selector):
             raise GeneralProtection(ext)
-        regs = self.regs
-        place = ds.locate(selector, regs.table(at.GDTR), regs.segment(at.LDTR), external=ext)
-        segment = ds.decode_segment(selector, self.linear.read_quad(place))
+        place = ds.locate(selector, self.regs.table(at.GDTR), self.regs.segment(at.LDTR), external=ext)
+        segment = self._decoded(self.linear.read_quad(place))
         dpl = ds.dpl(segment.attributes)
         if not ds.is_code(segment.attributes) or dpl > cpl:
             raise GeneralProtection(selector & 0xFFFC | ext)
         if not segment.attributes & ds.PRESENT:
             raise GuestFault(Vector.NP, selector & 0xFFFC | ext)
         return segment, cpl if ds.is_conforming(segment.attributes) else dpl
+
+    def _decoded(self, descriptor: int) -> Segment:
+        """The segment of a descriptor (its selector left 0); the same few come again and again."""
+        segment = self._segments.get(descriptor)
+        if segment is None:
+            if len(self._segments) >= _MOST_SEGMENTS:
+                self._segments.clear()
+            segment = self._segments[descriptor] = ds.decode_segment(0, descriptor)
+        return segment
 
     # -- legacy protected mode and virtual-8086 -------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Delivery:
         frame = b"".join((value & cut).to_bytes(width, "little") for value in values)
         stack = stack - len(frame) & mask
         self._check_stack(stack_segment, stack, len(frame), ext)
-        linear.general().write(stack_segment.base + stack & MASK32, frame)
+        linear.write(stack_segment.base + stack & MASK32, frame)
         # nothing below can fail
         q[4] = q[4] & ~mask & MASK32 | stack if new_cpl == cpl else stack
         if new_cpl < cpl:

@@ -65,6 +65,8 @@ class P2M:
         #: frames of broken shares, to be reported to whoever counts references
         self.dropped: list[int] = []
         self.cow_breaks = 0
+        #: changes whenever a page that was mapped is mapped elsewhere, or less permissively
+        self.version = 0
         self.logging = False
         self._spare_used = 0
 
@@ -93,7 +95,7 @@ class P2M:
         for index in range(-(-self.pages // 512)):
             q[(first + 2) * 512 + index] = (self.leaf_first + index) << PAGE_SHIFT | TABLE_BITS
 
-    # -- RAM ------------------------------------------------------------------------------------------
+    # -- RAM ---------------------------------------------------------------------------------------
 
     def fault(self, gpa: int, write: bool, frames: FrameSource) -> Outcome:
         """Serve a nested page fault: first touch, copy-on-write and the dirty log are one path.
@@ -122,6 +124,7 @@ class P2M:
         view[fresh << PAGE_SHIFT:(fresh + 1) << PAGE_SHIFT] = view[old << PAGE_SHIFT:(old + 1) << PAGE_SHIFT]
         self.leaf[page] = fresh << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
         self.dropped.append(old)
+        self.version += 1
         self.cow_breaks += 1
 
     def for_read(self, gpa: int) -> int:
@@ -145,7 +148,7 @@ class P2M:
             entry = self.leaf[page]
         return entry & FRAME_MASK | gpa & 0xFFF
 
-    # -- device pages ---------------------------------------------------------------------------------
+    # -- device pages ------------------------------------------------------------------------------
 
     def map_device(self, gpa: int, machine: int) -> bool:
         """Point the page of `gpa`, which has no RAM, at machine address `machine` (a device window).

@@ -116,7 +116,7 @@ def _find_env(uc: Uc, struct_address: int, image: bytes) -> tuple[int, int]:
             while at >= 0:
                 found[pointer + at] = max(found.get(pointer + at, 0), pointer)
                 at = data.find(image, at + 8)
-        live = {}
+        live: dict[int, int] = {}
         old = uc.reg_read(x86_const.UC_X86_REG_R15)
         for value in (old ^ 0x5A5A5A5A, old):
             uc.reg_write(x86_const.UC_X86_REG_R15, value)
