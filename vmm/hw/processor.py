@@ -77,6 +77,7 @@ class Processor:
         self._fault: GuestFault | None = None
         self._armed = _NEVER
         self._running = False
+        self._clock_record_stale = False
         self._msrs: dict[int, int] = {}
         self._silicon_msrs = self.regs.msr_cells()
         block.p2m.build()
@@ -128,6 +129,9 @@ class Processor:
         self._running = True
         try:
             while True:
+                if self._clock_record_stale:
+                    self.kvm.refresh_clock(self.instant())
+                    self._clock_record_stale = False
                 now = time.monotonic_ns()
                 if timers.next <= now - base:
                     timers.run(now - base)
@@ -157,6 +161,8 @@ class Processor:
                     return Stop(StopReason.CRASHED, "the machine state is not one vmrun accepts")
                 elif self.reenter:
                     cpu.evict()
+        except OutOfFrames:
+            return Stop(StopReason.NO_FRAMES)
         except EngineFault as fault:
             return Stop(StopReason.CRASHED, f"the guest cannot go on: {fault}")
         finally:
@@ -428,9 +434,10 @@ class Processor:
     # -- state ---------------------------------------------------------------------------------------------
 
     def sync_clock(self) -> None:
-        """The clock was started or set: the VMCB's TSC offset, and the guest's clock record, follow it."""
+        """The clock was started or set: the VMCB's TSC offset follows, and before the guest runs its clock
+        record (which lies in its memory, so that writing it may have to wait for a frame)."""
         self.guest.vmcb.tsc_offset = self.clock.tsc_offset
-        self.kvm.refresh_clock(self.instant())
+        self._clock_record_stale = True
 
     def add_steal(self, ns: int) -> None:
         """Time the guest wanted to run and did not."""
