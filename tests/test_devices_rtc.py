@@ -130,6 +130,7 @@ def test_alarm(rig: Rig) -> None:
     assert served(rig)
     assert rig.cmos(0x0C) & 0xA0 == 0xA0
     assert rig.board.timers.next == rig.now + 86_400 * SECOND
+    assert rig.board.ports.read(0x600, 2) == 1 << 10
 
 
 def test_alarm_with_any_byte(rig: Rig) -> None:

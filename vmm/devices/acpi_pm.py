@@ -20,9 +20,9 @@ PM_LENGTH = 0xC
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 
 # PM1 status and enable
-TIMER_CARRY, GLOBAL, POWER_BUTTON, WAKE = 1 << 0, 1 << 5, 1 << 8, 1 << 15
-STATUS_BITS = TIMER_CARRY | GLOBAL | POWER_BUTTON | WAKE
-ENABLE_BITS = TIMER_CARRY | GLOBAL | POWER_BUTTON
+TIMER_CARRY, GLOBAL, POWER_BUTTON, RTC_ALARM, WAKE = 1 << 0, 1 << 5, 1 << 8, 1 << 10, 1 << 15
+STATUS_BITS = TIMER_CARRY | GLOBAL | POWER_BUTTON | RTC_ALARM | WAKE
+ENABLE_BITS = TIMER_CARRY | GLOBAL | POWER_BUTTON | RTC_ALARM
 # PM1 control
 SCI_ENABLED, SLEEP_TYPE, SLEEP_ENABLE = 1 << 0, 7 << 10, 1 << 13
 CONTROL_BITS = SLEEP_TYPE | 1 << 1
@@ -59,6 +59,11 @@ class AcpiPm(Saved):
     def power_button(self) -> None:
         """The user pressed the power button."""
         self.status |= POWER_BUTTON
+        self._drive()
+
+    def rtc_alarm(self) -> None:
+        """The real-time clock's alarm went off."""
+        self.status |= RTC_ALARM
         self._drive()
 
     def read(self, offset: int, size: int) -> int:

@@ -19,8 +19,8 @@ OEM_ID, TABLE_ID, CREATOR_ID = b"HOSTD ", b"HOSTDVM ", b"HSTD"
 #: interrupt source override flags: active high, level-triggered
 ACTIVE_HIGH_LEVEL = 0b1101
 
-# FADT flags: WBINVD works, HLT is C1, no sleep button, no RTC wake, 32-bit PM timer, reset register
-FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10
+# FADT flags: WBINVD works, HLT is C1, no sleep button, 32-bit PM timer, reset register
+FADT_FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 8 | 1 << 10
 # IA-PC boot architecture: legacy devices, no VGA, no MSI, no ASPM; an 8042 is not promised, since no
 # keyboard is there and probing for one takes time
 BOOT_ARCHITECTURE = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 4

@@ -40,11 +40,11 @@ class Board:
         line = self.interrupts.isa_line
         self.pit = Pit8254(self.timers, line(PIT_INTERRUPT))
         self.port61 = Port61(self.timers, self.pit)
-        self.rtc = Rtc(self.timers, line(RTC_INTERRUPT), wall, memory_bytes)
+        self.acpi = AcpiPm(self.timers, line(SCI_INTERRUPT), on_poweroff)
+        self.rtc = Rtc(self.timers, line(RTC_INTERRUPT), self.acpi.rtc_alarm, wall, memory_bytes)
         self.uart = Uart16550(line(COM1_INTERRUPT), console_sink)
         self.i8042 = I8042(line(KEYBOARD_INTERRUPT), on_reset)
         self.port92 = Port92(on_reset)
-        self.acpi = AcpiPm(self.timers, line(SCI_INTERRUPT), on_poweroff)
         self.reset_control = ResetControl(on_reset)
         self.fw_cfg = FirmwareConfiguration(memory_bytes)
         self.test_memory = PortMemory()

@@ -53,7 +53,7 @@ class Rtc(Saved):
     """The clock chip."""
 
     sizes = BYTES
-    __slots__ = ("_irq8", "_timers", "_wall", "cmos", "index", "looked", "offset", "periodic_from")
+    __slots__ = ("_alarm", "_irq8", "_timers", "_wall", "cmos", "index", "looked", "offset", "periodic_from")
 
     SAVED: ClassVar[Kinds] = {
         "index": bits(CMOS_SIZE - 1), "cmos": octets(CMOS_SIZE, CMOS_SIZE),
@@ -61,10 +61,12 @@ class Rtc(Saved):
         "periodic_from": between(0, 1 << 62),
     }
 
-    def __init__(self, timers: Timers, irq8: Callable[[bool], None], wall: Callable[[], float],
-                 memory_bytes: int) -> None:
+    def __init__(self, timers: Timers, irq8: Callable[[bool], None], alarm: Callable[[], None],
+                 wall: Callable[[], float], memory_bytes: int) -> None:
         self._timers = timers
         self._irq8 = irq8
+        #: told of each alarm whose interrupt is enabled; ACPI has a status bit for it
+        self._alarm = alarm
         self._wall = wall
         self.index = 0
         self.cmos = bytearray(CMOS_SIZE)
@@ -235,6 +237,8 @@ class Rtc(Saved):
                 alarm = self._alarm_after(before)
                 if alarm is not None and alarm <= second:
                     self.cmos[C] |= C_ALARM
+                    if self.cmos[B] & B_ALARM:
+                        self._alarm()
         period = self._period()
         if period and now - self.periodic_from >= period:
             self.cmos[C] |= C_PERIODIC
