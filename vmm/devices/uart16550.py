@@ -158,11 +158,12 @@ class Uart16550(Saved):
         if self.ier & IER_TRANSMIT:
             # The byte fills the transmitter, which takes the interrupt back, and leaves it at once, which
             # raises it anew: an edge, whether or not the guest had asked what the first one was about.
-            if self.empty_event:
-                self.empty_event = False
+            if self.iir == IIR_TRANSMIT:
+                self._irq(False)
+                self._irq(True)
+            elif not self.empty_event:
+                self.empty_event = True
                 self._update()
-            self.empty_event = True
-            self._update()
 
     def _loop_back(self, value: int) -> None:
         if len(self.fifo) < (FIFO_SIZE if self.fcr & 1 else 1):
