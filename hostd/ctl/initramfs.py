@@ -46,6 +46,9 @@ for name in $(echo "$modules" | tr ',' ' ') {button}; do
         [ -d "/sys/module/${{file%.ko}}" ] || insmod "/lib/modules/$file"
     done <"/lib/modules/$name.order"
 done
+# Left alone, compaction looks around twice a second, and the statistics of memory are gathered every second.
+echo 0 >/proc/sys/vm/compaction_proactiveness
+echo 60 >/proc/sys/vm/stat_interval
 # A machine without a button has no event device; a respawned acpid would then spin.
 [ -c /dev/input/event0 ] && acpid -l /dev/null
 """.format(button=" ".join(BUTTON_MODULES))
