@@ -10,11 +10,11 @@ from contextlib import asynccontextmanager
 import trio
 
 from hostd import protocol
-from hostd.errors import Conflict, HostError, NotFound
+from hostd.errors import Conflict, Failed, HostError, NotFound
 from hostd.events import Events
 from hostd.images import Images
 from hostd.inventory import Inventory
-from hostd.leases import Leases
+from hostd.leases import Leases, NeverAdopted
 from hostd.lifecycle import RESIDENT, Policy, State, Trigger
 from hostd.loader import fill, lay_out
 from hostd.memory import MachineMemory
@@ -23,6 +23,9 @@ from hostd.vm import Vm
 from hostd.workers import Worker, Workers
 
 log = logging.getLogger(__name__)
+
+#: workers a guest is offered to, one after the other, as long as they die before they have it
+HAND_OVERS = 3
 
 Step = Callable[[str, float], None]
 
@@ -79,8 +82,7 @@ class Guests:
     async def unpark(self, vm: Vm) -> None:
         """Give a parked guest to a worker.  The caller holds its lock."""
         vm.check(Trigger.RESUME)
-        worker = await self._choose()
-        await self.leases.adopt(vm, worker, vm.parked, Trigger.RESUME)
+        await self._hand_over(vm, vm.parked, Trigger.RESUME)
 
     async def stop(self, vm: Vm, force: bool, timeout: float) -> None:
         """Press the power button and cut the power `timeout` seconds later, or at once with `force`."""
@@ -132,13 +134,14 @@ class Guests:
         async with self.changing(vm):
             vm.follow(Trigger.MOVE)
             released = await self.leases.release(vm)
-            worker = target if target.ready else next(iter(self.workers.ready), None)
-            if worker is None:
-                vm.parked = released.state
-                vm.follow(Trigger.PAUSE, "no worker was left to run it")
-                return
-            await self.leases.adopt(vm, worker, released.state, Trigger.MOVED, released.at_ns)
-            self._events.publish("vm.moved", vm.name, worker=worker.index)
+            try:
+                await self._hand_over(vm, released.state, Trigger.MOVED, released.at_ns, target)
+            except HostError:
+                if vm.state == State.MIGRATING:
+                    vm.parked = released.state
+                    vm.follow(Trigger.PAUSE, "no worker was left to run it")
+                raise
+            self._events.publish("vm.moved", vm.name, worker=vm.worker.index if vm.worker else None)
 
     async def try_move(self, vm: Vm, target: Worker) -> None:
         """Move for the balancer's sake: not worth waiting for, and no harm if it does not work out."""
@@ -154,8 +157,19 @@ class Guests:
         if vm.starting is not None:
             vm.starting.cancel()
 
-    async def _choose(self) -> Worker:
-        return self.placement.place(await self.workers.wait_ready(), self.vms.values())
+    async def _hand_over(self, vm: Vm, state: bytes, trigger: Trigger, since_ns: int = 0,
+                         target: Worker | None = None) -> None:
+        """Give the guest to `target`, or to whichever worker suits; to another if that one dies over it."""
+        for _ in range(HAND_OVERS):
+            await self.workers.wait_ready()
+            alive = self.workers.alive
+            worker = target if target in alive else self.placement.place(alive, self.vms.values())
+            try:
+                await self.leases.adopt(vm, worker, state, trigger, since_ns)
+                return
+            except NeverAdopted as error:
+                log.warning("guest not handed over", extra={"vm": vm.name, "why": str(error)})
+        raise Failed(f"VM {vm.name}: every worker died that was to run it")
 
     # --- definitions ------------------------------------------------------------------------------
 
@@ -184,10 +198,10 @@ class Guests:
                 vm.block = self._memory.new(vm.definition.memory)
                 state = await fill(self._memory, vm.block, image)
                 step("waiting for a worker", 0.8)
-                worker = await self._choose()
+                await self.workers.wait_ready()
                 vm.console.mark_boot()
                 vm.begin_life()
-                await self.leases.adopt(vm, worker, state, Trigger.LOADED)
+                await self._hand_over(vm, state, Trigger.LOADED)
             except BaseException as error:
                 if vm.state == State.STARTING:
                     self._free(vm)
@@ -201,9 +215,8 @@ class Guests:
 
     async def launch_clone(self, vm: Vm, state: bytes) -> None:
         """Give a clone, whose memory is there, to a worker."""
-        worker = await self._choose()
         vm.begin_life()
-        await self.leases.adopt(vm, worker, state, Trigger.LOADED)
+        await self._hand_over(vm, state, Trigger.LOADED)
 
     async def _cut(self, vm: Vm) -> None:
         """Cut the power.  The caller holds the lock."""

@@ -31,6 +31,11 @@ MAX_GRANT = 1 << 14
 T = TypeVar("T")
 
 
+class NeverAdopted(Failed):
+    """The worker died before it said Adopted.  It says so before it runs a guest for the first time, and what
+    it said is read to the end: so it has not run this one."""
+
+
 class Reply(Generic[T]):
     """The answer to a message, when it comes."""
 
@@ -82,7 +87,11 @@ class Leases:
         }
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0) -> None:
-        """Give the guest to `worker`; when it has it, `trigger` happens."""
+        """Give the guest to `worker`; when it has it, `trigger` happens.
+
+        Raises NeverAdopted if the worker dies first: the guest is as it was.  Raises Failed if the worker
+        refuses it: the guest has crashed.
+        """
         assert vm.block is not None and vm.worker is None
         vm.worker, vm.lease = worker, f"{vm.name}#{next(self._numbers)}"
         self._held[vm.lease] = vm
@@ -93,9 +102,7 @@ class Leases:
             since_ns=since_ns, snapshot=self._memory.snapshot(vm.block),
             weight=vm.definition.weight, cap=vm.definition.cap))
         if worker.dead:
-            why = f"worker {worker.index} died"
-            self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
-            self._ended(vm, Trigger.CRASH, why)
+            self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()
 
     async def release(self, vm: Vm) -> protocol.Released:
@@ -126,8 +133,11 @@ class Leases:
 
     def on_death(self, worker: Worker, why: str) -> None:
         for vm in [vm for vm in self._held.values() if vm.worker is worker]:
-            self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
-            self._ended(vm, Trigger.CRASH, why)
+            if vm.lease in self._adopting:
+                self._lost(vm, NeverAdopted(why))
+            else:
+                self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
+                self._ended(vm, Trigger.CRASH, why)
         self._hungry.pop(worker, None)
         self._memory.reclaim(worker.index)
         self._events.publish("worker", index=worker.index, state="died", reason=why)

@@ -145,14 +145,18 @@ class Workers:
     def ready(self) -> list[Worker]:
         return [worker for worker in self._slots if worker.ready]
 
-    async def wait_ready(self) -> list[Worker]:
-        """The workers that can take guests; waits for the first one.  Raises Failed when none comes."""
+    @property
+    def alive(self) -> list[Worker]:
+        """The ready ones and those that are about to be: what they are told now they do then."""
+        return [worker for worker in self._slots if worker.pid and not worker.dead]
+
+    async def wait_ready(self) -> None:
+        """Wait until a worker can take guests.  Raises Failed when none comes."""
         with trio.move_on_after(READY_S):
             while not self.ready:
                 await self._changed.wait()
         if not self.ready:
             raise Failed("no worker process is ready to run guests: see the daemon's log")
-        return self.ready
 
     def healthy(self) -> bool:
         """Every worker that is up answered lately."""

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hosts and daemons of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from hostd.config import Config, parse
+from hostd.host import Host
+from tests.private_daemon import PrivateDaemon
+from tests.told_host import FAKE_WORKER, ToldHost
+
+
+@pytest.fixture
+def host_config(tmp_path: Path) -> Config:
+    """What the host of the `told` fixture runs with; tests may take another one."""
+    return parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\nshutdown_timeout = 5')
+
+
+@pytest.fixture
+async def told(host_config: Config) -> AsyncIterator[ToldHost]:
+    """A real host in this process, whose workers are processes with guests that do what they are told."""
+    async with trio.open_nursery() as nursery:
+        host = Host(host_config, nursery, FAKE_WORKER)
+        nursery.start_soon(host.run)
+        yield ToldHost(host)
+        host.close()
+        nursery.cancel_scope.cancel()
+    assert host.check_memory() == []
+
+
+@pytest.fixture
+def start_daemon(tmp_path: Path) -> Iterator[Callable[..., PrivateDaemon]]:
+    """Starts a real daemon, with its state in this test's directory, as often as one likes."""
+    with ExitStack() as stack:
+        def start(*arguments: str, **options: Any) -> PrivateDaemon:
+            return stack.enter_context(PrivateDaemon(tmp_path, *arguments, **options))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
+    """One real daemon for all tests of a module."""
+    with PrivateDaemon(tmp_path_factory.mktemp("daemon")) as daemon:
+        yield daemon

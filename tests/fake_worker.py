@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A worker without a CPU: it speaks the protocol over its inherited socket, and its guests do what they are
+told on their consoles.
+
+    poweroff | reset | crash WHY | exit STATUS     the guest ends
+    die                                            the worker process does
+    nonsense                                       it breaks the protocol
+    anything else                                  is echoed
+
+A guest whose state is b"refuse" is refused; the power button makes a guest print and power off, unless it was
+told `stubborn`.  The state of a guest is what was typed to it so far.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+from hostd import protocol
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class FakeWorker:
+    def __init__(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self.states: dict[str, bytes] = {}
+
+    def send(self, message: protocol.Message) -> None:
+        self.channel.sendall(protocol.encode(message))
+
+    def run(self) -> None:
+        splitter = protocol.Splitter[protocol.ToWorker](protocol.ToWorker)
+        self.send(protocol.Hello(os.getpid(), 1_000_000, "a fake"))
+        while data := self.channel.recv(65536):
+            for message in splitter.feed(data):
+                self.act(message)
+
+    def act(self, message: protocol.ToWorker) -> None:
+        match message:
+            case protocol.Adopt(vm=vm, state=b"refuse"):
+                self.send(protocol.Refused(vm, "adopt", "it does not look well"))
+            case protocol.Adopt(vm=vm, state=state):
+                # a fresh machine state is not something that was typed
+                self.states[vm] = state if state.startswith(b"typed:") else b"typed:"
+                self.send(protocol.Adopted(vm))
+                self.send(protocol.Console(vm, b"adopted\n"))
+            case protocol.Release(vm=vm) if vm in self.states:
+                self.send(protocol.Released(vm, self.states.pop(vm), time.monotonic_ns()))
+            case protocol.Release(vm=vm):
+                self.send(protocol.Refused(vm, "release", "it has ended"))
+            case protocol.Input(vm=vm, data=data) if vm in self.states:
+                self.typed(vm, data)
+            case protocol.PowerButton(vm=vm) if vm in self.states:
+                if b"stubborn" not in self.states[vm]:
+                    self.send(protocol.Console(vm, b"the button was pressed\n"))
+                    self.end(vm, "poweroff", "")
+            case protocol.SetShare(vm=vm, weight=weight, cap=cap):
+                self.send(protocol.Console(vm, f"share {weight} {cap}\n".encode()))
+            case protocol.Ping(id=id):
+                self.send(protocol.Pong(id, [1, 2], 3000))
+            case protocol.Quit():
+                sys.exit()
+
+    def typed(self, vm: str, data: bytes) -> None:
+        self.states[vm] += data
+        word, _, rest = data.decode().strip().partition(" ")
+        match word:
+            case "poweroff" | "reset":
+                self.end(vm, word, "")
+            case "crash":
+                self.end(vm, "crashed", rest)
+            case "exit":
+                self.send(protocol.Stopped(vm, "exit", "", int(rest)))
+                del self.states[vm]
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "nonsense":
+                self.send(protocol.Console("nobody#0", b""))
+            case "state":
+                self.send(protocol.Console(vm, self.states[vm]))
+            case _:
+                self.send(protocol.Console(vm, data))
+
+    def end(self, vm: str, why: protocol.Ending, detail: str) -> None:
+        del self.states[vm]
+        self.send(protocol.Stopped(vm, why, detail, None))
+
+
+if __name__ == "__main__":
+    FakeWorker(socket.socket(fileno=int(sys.argv[1]))).run()

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Short words for tests that drive a host whose guests do what they are told (fake_worker.py)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from hostd.host import Host
+from hostd.model import CloneRequest, StopRequest, VmCreate, VmView
+from vmm import guests
+
+FAKE_WORKER = (sys.executable, str(Path(__file__).parent / "fake_worker.py"))
+KERNEL = guests.read("idle")
+MEMORY = 2 << 20
+#: nothing here takes longer than this, unless it is broken
+SOON = 20.0
+
+
+class ToldHost:
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    async def blob(self, data: bytes = KERNEL) -> str:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield data
+
+        return (await self.host.add_blob(chunks())).sha256
+
+    async def create(self, name: str, **fields: Any) -> VmView:
+        """A VM of 2 MiB with a kernel that exists."""
+        if "image" not in fields and "kernel" not in fields:
+            fields["kernel"] = await self.blob()
+        return await self.host.create(msgspec.convert({"name": name, "memory": MEMORY, **fields}, VmCreate))
+
+    async def running(self, name: str, **fields: Any) -> None:
+        """The same, running."""
+        await self.create(name, **fields)
+        await self.host.start(name).outcome()
+
+    async def tell(self, name: str, words: str) -> None:
+        await self.host.send_input(name, words.encode())
+
+    async def becomes(self, name: str, state: str) -> VmView:
+        return await self.host.wait(name, state=state, timeout=SOON)
+
+    async def prints(self, name: str, expression: str) -> None:
+        await self.host.wait(name, console=expression, timeout=SOON)
+
+    async def stop(self, name: str, *, force: bool = False, timeout: float = SOON) -> None:
+        await self.host.stop(name, StopRequest(force=force, timeout=timeout)).outcome()
+
+    async def clone(self, name: str, *names: str, start: bool = True) -> None:
+        await self.host.clone(name, CloneRequest(names=list(names), start=start)).outcome()
+
+    async def ready_workers(self, count: int = 2) -> list[int]:
+        """The process ids of the workers, once there are so many."""
+        with trio.fail_after(SOON):
+            while sum(worker.ready for worker in self.host.workers()) < count:
+                await trio.sleep(0.01)
+        return [worker.pid for worker in self.host.workers()]
