@@ -14,8 +14,8 @@ from vmm.devices.saved import QWORD, Kinds, Saved, bits
 from vmm.devices.timers import Timers
 
 PM_BASE = 0x600
-#: offsets of the blocks; each 16-bit register but the timer
-STATUS, ENABLE, CONTROL, TIMER = 0x0, 0x2, 0x4, 0x8
+#: offsets of the blocks: 16 bits of status and 16 of enable, 16 of control, 32 of timer
+STATUS, CONTROL, TIMER = 0x0, 0x4, 0x8
 PM_LENGTH = 0xC
 RESET_PORT, RESET_VALUE = 0xCF9, 0x06
 

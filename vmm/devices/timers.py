@@ -51,10 +51,6 @@ class Timers:
                 return
         self.next = min(deadlines.values(), default=NEVER)
 
-    def get(self, owner: TimedDevice, slot: int) -> int | None:
-        """The deadline set for one slot."""
-        return self._deadlines.get((owner, slot))
-
     def run(self, now: int) -> None:
         """Call `expire` for what is due at `now`, earliest first."""
         deadlines = self._deadlines
