@@ -94,23 +94,30 @@ async def send_input(host: Host, call: Call) -> None:
 async def vm_log(host: Host, call: Call) -> bytes | AsyncIterator[bytes]:
     console = host.console(call.name)
     since = call.query.since or 0
-    return _follow(console, since) if call.query.follow else console.scrollback(since)
+    return await _begun(_follow(console, since)) if call.query.follow else console.scrollback(since)
 
 
 async def _follow(console: Console, since: int) -> AsyncIterator[bytes]:
     with console.listen() as reader:
-        yield console.scrollback(since)
+        past = console.scrollback(since)
+        yield b""
+        yield past
         while data := await reader.receive():
             yield data
 
 
 async def events(host: Host, call: Call) -> AsyncIterator[bytes]:
-    return _event_lines(host)
+    return await _begun(_event_lines(host))
+
+
+async def _begun(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Have the stream listen before the headers go out: a client that has them misses nothing."""
+    await anext(stream)
+    return stream
 
 
 async def _event_lines(host: Host) -> AsyncIterator[bytes]:
     with host.events.subscribe() as reader:
-        # The status and headers go out with the first piece: a client that has them misses no event.
         yield b""
         async for event in reader:
             yield msgspec.json.encode(event) + b"\n"
