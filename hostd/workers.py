@@ -25,6 +25,7 @@ from hostd import protocol
 from hostd.errors import Failed
 from hostd.lifecycle import Backoff
 from hostd.model import WorkerView
+from hostd.scheduler import LATENCY_BOUNDS_NS
 from vmm.silicon import tsc
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class Workers:
         self._changed = trio.Event()
         self._closing = False
         #: what dead workers had counted
-        self._past_wakeups: list[int] = []
+        self._past_wakeups = [0] * (len(LATENCY_BOUNDS_NS) + 1)
         self._past_wakeup_ns = 0
 
     @property

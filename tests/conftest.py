@@ -15,6 +15,7 @@ from hostd.config import Config, parse
 from hostd.host import Host
 from tests.private_daemon import PrivateDaemon
 from tests.told_host import FAKE_WORKER, ToldHost
+from vmm import guests
 
 
 @pytest.fixture
@@ -36,11 +37,17 @@ async def told(host_config: Config) -> AsyncIterator[ToldHost]:
 
 
 @pytest.fixture
+def kernel() -> bytes:
+    """A kernel of our own that waits for timer interrupts for ever."""
+    return guests.read("idle")
+
+
+@pytest.fixture
 def start_daemon(tmp_path: Path) -> Iterator[Callable[..., PrivateDaemon]]:
     """Starts a real daemon, with its state in this test's directory, as often as one likes."""
     with ExitStack() as stack:
-        def start(*arguments: str, **options: Any) -> PrivateDaemon:
-            return stack.enter_context(PrivateDaemon(tmp_path, *arguments, **options))
+        def start(**options: Any) -> PrivateDaemon:
+            return stack.enter_context(PrivateDaemon(tmp_path, **options))
 
         yield start
 

@@ -17,6 +17,15 @@ import httpx
 SOON = 30.0
 
 
+#: what the service manager does with a socket: descriptor 3, and LISTEN_PID is the daemon's own
+_ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
 class DaemonFailed(Exception):
     """The daemon ended instead of answering; the exit status and what it said."""
 
@@ -29,18 +38,22 @@ class DaemonFailed(Exception):
 class PrivateDaemon:
     """A context manager: started at once, ended at the end."""
 
-    def __init__(self, directory: Path, *arguments: str, config: str = "", env: dict[str, str] | None = None,
-                 pass_fds: tuple[int, ...] = ()) -> None:
+    def __init__(self, directory: Path, *, config: str = "", metrics: str = "127.0.0.1:0",
+                 env: dict[str, str] | None = None, activate: int | None = None) -> None:
+        """`config` is more text for the configuration file; `activate` is a listening socket to hand over."""
         self.directory = directory
         self.socket = directory / "hostd.sock"
         self.config = directory / "hostd.toml"
         self.log = directory / "log"
+        self.metrics = metrics
         self.configure(config)
+        command = [sys.executable, "-m", "hostd.daemon", "--config", str(self.config)]
+        if activate is not None:
+            command = [sys.executable, "-c", _ACTIVATE, str(activate), *command]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "hostd.daemon", "--config", str(self.config), *arguments],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=pass_fds,
-                env={**os.environ, **(env or {})})
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})},
+                pass_fds=() if activate is None else (activate,))
         self.client = httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)),
                                    base_url="http://hostd", timeout=SOON)
         try:
@@ -52,7 +65,7 @@ class PrivateDaemon:
     def configure(self, extra: str) -> None:
         """Write the configuration file; `extra` follows the [host] section's directories."""
         self.config.write_text(
-            f'[metrics]\naddress = "127.0.0.1:0"\n[api]\nsocket = "{self.socket}"\n[host]\n'
+            f'[metrics]\naddress = "{self.metrics}"\n[api]\nsocket = "{self.socket}"\n[host]\n'
             f'state_dir = "{self.directory}/state"\nworkers = 2\nmemory = "512M"\nshutdown_timeout = 0\n'
             f'{extra}')
 
