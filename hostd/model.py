@@ -21,10 +21,12 @@ MAX_MEMORY = 3 << 30
 
 VmName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]*\Z",
                              description="1-63 characters of a-z 0-9 . -, starting with a letter or digit")]
-ImageName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+ImageName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*\Z",
+                                description="1-63 characters of a-z 0-9 . _ -, starting with a letter or digit")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="SHA-256 of a blob, in hexadecimal")]
 #: the boot protocol's limit (Documentation/x86/boot.rst, cmdline_size), printable characters only
-Append = Annotated[str, Meta(max_length=2047, pattern=r"^[^\x00-\x1f\x7f]*\Z")]
+Append = Annotated[str, Meta(max_length=2047, pattern=r"^[^\x00-\x1f\x7f]*\Z",
+                             description="at most 2047 characters, none of them a control character")]
 Memory = Annotated[int, Meta(ge=MIN_MEMORY, le=MAX_MEMORY, description="bytes, a multiple of 4096")]
 Weight = Annotated[int, Meta(ge=1, le=10000)]
 Cap = Annotated[int, Meta(ge=0, le=100, description="percent of one CPU; 0 = no cap")]
