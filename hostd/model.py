@@ -22,7 +22,7 @@ MAX_MEMORY = 3 << 30
 VmName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]*\Z",
                              description="1-63 characters of a-z 0-9 . -, starting with a letter or digit")]
 ImageName = Annotated[str, Meta(min_length=1, max_length=63, pattern=r"^[a-z0-9][a-z0-9._-]*\Z",
-                                description="1-63 characters of a-z 0-9 . _ -, starting with a letter or digit")]
+                                description="1-63 of a-z 0-9 . _ -, starting with a letter or digit")]
 Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="SHA-256 of a blob, in hexadecimal")]
 #: the boot protocol's limit (Documentation/x86/boot.rst, cmdline_size), printable characters only
 Append = Annotated[str, Meta(max_length=2047, pattern=r"^[^\x00-\x1f\x7f]*\Z",
