@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ from vmm.state import MachineState, encode
 
 if TYPE_CHECKING:
     from vmm.boot.image import BootImage
+
+
+#: entropy given to a booting Linux
+SEED_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def lay_out(files: BootFiles, memory_bytes: int) -> BootImage:
     rsdp = next((gpa for gpa, data in tables if data.startswith(b"RSD PTR ")), 0)
     try:
         return load(files.kernel, initrd=files.initrd, append=files.append, memory_bytes=memory_bytes,
-                    acpi_rsdp=rsdp, extra_writes=tables)
+                    acpi_rsdp=rsdp, extra_writes=tables, seed=os.urandom(SEED_BYTES))
     except BootError as error:
         raise Invalid(str(error)) from None
 

@@ -41,11 +41,13 @@ def load(
     append: str = "",
     memory_bytes: int,
     acpi_rsdp: int = 0,
+    seed: bytes = b"",
     extra_writes: Iterable[Write] = (),
 ) -> BootImage:
     """Lay out `kernel`, of whichever kind, with its initrd and command line in `memory_bytes` of memory.
 
-    `extra_writes` are firmware tables that others made; `acpi_rsdp` is where the ACPI ones begin, for kernels
+    `extra_writes` are firmware tables that others made; `seed` (32 random bytes) is for
+    Linux's random number generator; `acpi_rsdp` is where the ACPI ones begin, for kernels
     that are told instead of searching.
     """
     layout = Layout(memory_bytes)
@@ -56,11 +58,11 @@ def load(
     if initrd is not None and not initrd:
         raise BootError("the initrd is an empty file")
     if linux.is_bzimage(kernel):
-        kind, cpu = "bzimage", linux.load(layout, kernel, initrd, command_line, acpi_rsdp)
+        kind, cpu = "bzimage", linux.load(layout, kernel, initrd, command_line, acpi_rsdp, seed)
     elif header := multiboot.find_header(kernel):
         kind, cpu = "multiboot", multiboot.load(layout, kernel, header, initrd, command_line)
     elif linux.is_vmlinux(kernel):
-        kind, cpu = "vmlinux", linux.load(layout, kernel, initrd, command_line, acpi_rsdp)
+        kind, cpu = "vmlinux", linux.load(layout, kernel, initrd, command_line, acpi_rsdp, seed)
     elif flat.is_flat(kernel):
         kind, cpu = "flat", flat.load(layout, kernel, initrd, command_line)
     else:

@@ -29,6 +29,9 @@ _LOADER_UNDEFINED = 0xFF
 _VIDEO_NORMAL = 0xFFFF
 
 _E820_ENTRY = struct.Struct("<QQI")
+# struct setup_data: next, type, length; then the data
+_SETUP_RECORD = struct.Struct("<QII")
+_SETUP_RNG_SEED = 9
 
 #: no kernel unpacks to more, whatever the machine has: the host's memory is at stake
 _UNPACKED_MAX = 512 << 20
@@ -124,8 +127,13 @@ def unpack(file: bytes) -> bytes:
     return bytes(setup) + kernel
 
 
-def load(layout: Layout, file: bytes, initrd: bytes | None, append: bytes, acpi_rsdp: int) -> CpuState:
-    """Lay out kernel, initrd, command line and zero page; the state at the kernel's entry."""
+def load(layout: Layout, file: bytes, initrd: bytes | None, append: bytes, acpi_rsdp: int,
+         seed: bytes = b"") -> CpuState:
+    """Lay out kernel, initrd, command line and zero page; the state at the kernel's entry.
+
+    `seed` starts the kernel's random number generator (kernels from 6.0 on take one): without it an idle
+    guest wakes up again and again to look for entropy.
+    """
     page = bytearray(4096)
     if is_bzimage(file):
         header_end = min(_MAGIC.offset + _JUMP_LENGTH.get(file), _HEADER_END)
@@ -142,7 +150,11 @@ def load(layout: Layout, file: bytes, initrd: bytes | None, append: bytes, acpi_
     _VID_MODE.set(page, _VIDEO_NORMAL)
     _TYPE_OF_LOADER.set(page, _LOADER_UNDEFINED)
     _LOADFLAGS.set(page, _LOADED_HIGH)
-    _SETUP_DATA.set(page, 0)
+    if seed:
+        record = _SETUP_RECORD.pack(0, _SETUP_RNG_SEED, len(seed)) + seed
+        _SETUP_DATA.set(page, layout.place_low(record, "the random seed"))
+    else:
+        _SETUP_DATA.set(page, 0)
     _ACPI_RSDP.set(page, acpi_rsdp)
     _CMD_LINE_PTR.set(page, layout.place_low(append + b"\0", "the command line"))
     if initrd is not None:

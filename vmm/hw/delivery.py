@@ -15,7 +15,7 @@ import struct
 from vmm.hw.linear import Linear
 from vmm.memory.errors import BadAddress
 from vmm.silicon import layout as at
-from vmm.silicon.registers import HF_VM, Registers
+from vmm.silicon.registers import Registers
 from vmm.state import Segment
 from vmm.x86 import descriptors as ds
 from vmm.x86.faults import (
@@ -224,7 +224,7 @@ class Delivery:
             raise Unsupported(f"a task gate for vector {vector}: task switches are not supported")
         if gate.type not in (ds.INTERRUPT_GATE16, ds.TRAP_GATE16, ds.INTERRUPT_GATE32, ds.TRAP_GATE32):
             raise GeneralProtection(blame | ext)
-        v86 = bool(self.d[at.HFLAGS] & HF_VM)
+        v86 = bool(q[at.RFLAGS] & RFLAGS_VM)
         cpl = 3 if v86 else regs.cpl
         if software and gate.dpl < cpl:
             raise GeneralProtection(blame)

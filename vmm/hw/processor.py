@@ -428,6 +428,7 @@ class Processor:
     def _write_tsc(self, number: int, value: int) -> None:
         if number == msr.TSC:
             self.clock.set_tsc(value)
+            self.lapic.timer.tsc_changed()
             self.sync_clock()
             self.reenter = True
 
