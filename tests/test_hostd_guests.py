@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real guests on real workers under a real daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.private_daemon import PrivateDaemon
+from vmm import guests
+
+
+@pytest.fixture(autouse=True)
+def clean(daemon: PrivateDaemon) -> Iterator[None]:
+    """Every test leaves the daemon as it found it: without VMs, and with all frames free again."""
+    yield
+    for vm in daemon.get("/vms"):
+        operation = daemon.client.delete(f"/vms/{vm['name']}", params={"force": "true"}).json()
+        assert daemon.get(f"/operations/{operation['id']}", wait=30)["status"] == "done"
+    frames = daemon.get("/host")["frames"]
+    assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
+    assert frames["free"] + frames["granted"] + 1 == frames["total"]
+
+
+def run(daemon: PrivateDaemon, kernel: str, append: str = "", name: str = "vm", **fields: object) -> None:
+    daemon.create(name, guests.read(kernel), append=append, **fields)
+    daemon.do(name, "start")
+
+
+def test_a_guest_computes_prints_and_ends(daemon: PrivateDaemon) -> None:
+    run(daemon, "primes", "limit=5000")
+    view = daemon.wait("vm", state="halted")
+    assert view["exit_status"] == 1
+    assert "primes: 669 below 5000" in daemon.console("vm")
+    assert view["exits"] > 50 and view["world_switches"] >= 1 and view["cpu"]["run"] > 0
+    assert {row["name"] for row in daemon.get("/vms/vm/exits")} >= {"ioio", "npf"}
+
+
+def test_a_guest_with_paging_tasks_and_timer_interrupts(daemon: PrivateDaemon) -> None:
+    run(daemon, "mix")
+    assert daemon.wait("vm", state="halted")["exit_status"] == 1
+
+
+def test_a_kernel_that_triple_faults_at_once_is_crashed_with_a_sentence(daemon: PrivateDaemon) -> None:
+    run(daemon, "triple")
+    view = daemon.wait("vm", state="crashed")
+    assert "triple fault" in view["reason"] and view["crashes"] == 1
+    assert all(worker["restarts"] == 0 for worker in daemon.get("/host")["workers"])
+
+
+def test_a_halted_guest_wakes_by_its_timer_and_sleeps_between(daemon: PrivateDaemon) -> None:
+    run(daemon, "idle", "ticks=2")
+    view = daemon.wait("vm", state="halted")
+    assert view["interrupts"] > 0
+    assert view["cpu"]["sleep"] > view["cpu"]["run"]
+
+
+def test_a_guest_goes_on_where_it_was_paused(daemon: PrivateDaemon) -> None:
+    run(daemon, "primes", "limit=20000")
+    daemon.wait("vm", console="primes: ")
+    daemon.do("vm", "pause")
+    printed = daemon.console("vm")
+    assert daemon.get("/vms/vm")["memory_usage"]["private"] > 0
+    daemon.do("vm", "resume")
+    daemon.wait("vm", state="halted")
+    whole = daemon.console("vm")
+    assert whole.startswith(printed) and "primes: 2262 below 20000" in whole
+
+
+def test_clones_go_on_from_the_template_s_moment(daemon: PrivateDaemon) -> None:
+    run(daemon, "primes", "limit=20000", name="template")
+    daemon.wait("template", console="primes: ")
+    daemon.do("template", "pause")
+    names = [f"clone{number}" for number in range(6)]
+    daemon.do("template", "clone", names=names, start=True)
+    shared = daemon.get("/host")["frames"]["shared"]
+    assert shared > 0
+    for name in names:
+        daemon.wait(name, state="halted")
+        assert daemon.console(name).endswith("primes: 2262 below 20000\r\n")
+        assert daemon.get(f"/vms/{name}")["template"] == "template"
+    daemon.do("template", "resume")
+    daemon.wait("template", state="halted")
+    assert "primes: 2262 below 20000" in daemon.console("template")
+
+
+def test_a_killed_worker_takes_down_its_own_guests_only(daemon: PrivateDaemon) -> None:
+    pids = daemon.worker_pids()
+    for number in range(4):
+        run(daemon, "idle", name=f"vm{number}", on_crash="restart" if number < 2 else "stop")
+    homes = {vm["name"]: vm["worker"] for vm in daemon.get("/vms")}
+    victim = homes["vm3"]
+    os.kill(pids[victim], signal.SIGKILL)
+    daemon.wait("vm3", state="crashed")
+    assert daemon.get("/vms/vm3")["reason"] == f"worker {victim} died: killed by SIGKILL"
+    for name, worker in homes.items():
+        view = daemon.wait(name, state="crashed" if (worker, name[-1] > "1") == (victim, True) else "running")
+        assert view["boots"] == (2 if worker == victim and view["on_crash"] == "restart" else 1)
+    assert daemon.worker_pids()[1 - victim] == pids[1 - victim]
+    assert daemon.worker_pids()[victim] != pids[victim]
+    daemon.do("vm3", "start")
+
+
+def test_resetting_a_guest_boots_it_again(daemon: PrivateDaemon) -> None:
+    run(daemon, "idle")
+    daemon.wait("vm", console="idle")
+    daemon.do("vm", "reset")
+    daemon.wait("vm", console="idle")
+    assert daemon.get("/vms/vm")["boots"] == 2
+
+
+def test_more_guests_than_memory_wait_for_it_and_go_on(daemon: PrivateDaemon) -> None:
+    # 512 MiB of pool, of which guests touch little: definitions may promise more than there is
+    for number in range(8):
+        run(daemon, "idle", name=f"vm{number}", memory=128 << 20)
+    assert sum(vm["memory"] for vm in daemon.get("/vms")) > daemon.get("/host")["memory"]
+    for number in range(8):
+        daemon.wait(f"vm{number}", console="idle: tick")
+
+
+@pytest.mark.slow
+def test_the_cpus_are_shared_by_weight(daemon: PrivateDaemon) -> None:
+    weights = {f"vm{number}": weight for number, weight in enumerate((1, 1, 2, 2, 4, 4, 8, 8))}
+    for name, weight in weights.items():
+        run(daemon, "primes", "loop", name=name, weight=100 * weight)
+
+    def run_seconds() -> dict[str, float]:
+        return {vm["name"]: vm["cpu"]["run"] for vm in daemon.get("/vms")}
+
+    time.sleep(10)                      # the balancer finds its placement
+    before = run_seconds()
+    time.sleep(20)
+    got = {name: seconds - before[name] for name, seconds in run_seconds().items()}
+    for name, weight in weights.items():
+        assert got[name] / sum(got.values()) == pytest.approx(weight / sum(weights.values()), rel=0.05)
