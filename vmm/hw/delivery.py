@@ -43,6 +43,8 @@ from vmm.x86.flags import (
 _CLEARED = RFLAGS_TF | RFLAGS_NT | RFLAGS_RF | RFLAGS_VM
 #: exceptions whose saved RFLAGS do not have RF set: traps, aborts and NMI
 _NO_RESUME = frozenset({Vector.DB, Vector.NMI, Vector.BP, Vector.OF, Vector.DF, Vector.MC})
+#: INT3 and INTO, which are not INT n
+_ONE_BYTE: dict[int, int] = {Vector.BP: 0xCC, Vector.OF: 0xCE}
 _FRAME5 = struct.Struct("<5Q")
 _FRAME6 = struct.Struct("<6Q")
 _INTERRUPT_GATE, _TRAP_GATE = 0xE, 0xF
@@ -104,17 +106,26 @@ class Delivery:
         except BadAddress:
             self.exception(Vector.GP, 0)
 
-    def software(self, vector: int, start: int) -> None:
-        """`int n` at `start`, RIP being behind it: faults point at the instruction."""
+    def software(self, vector: int) -> None:
+        """INT n, INT3 or INTO, RIP being behind it: faults point at the instruction."""
         try:
             self._deliver(vector, None, True, False)
         except (GuestFault, BadAddress) as error:
-            self.q[at.RIP] = start
+            self._back_to_software(vector)
             fault = error if isinstance(error, GuestFault) else GeneralProtection()
             self.exception(fault.vector, fault.error_code, fault.address)
         except BaseException:
-            self.q[at.RIP] = start
+            self._back_to_software(vector)
             raise
+
+    def _back_to_software(self, vector: int) -> None:
+        """Put RIP back to the instruction of a software interrupt that has just been fetched and executed."""
+        q = self.q
+        length = 2
+        if vector in _ONE_BYTE:
+            last = q[at.CS + 1] + q[at.RIP] - 1
+            length = 1 if self.linear.read(last, 1)[0] == _ONE_BYTE[vector] else 2
+        q[at.RIP] -= length
 
     # -- by mode -----------------------------------------------------------------------------------
 

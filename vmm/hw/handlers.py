@@ -20,7 +20,7 @@ from vmm.silicon import layout as at
 from vmm.silicon.hostarea import DEVICE_WINDOW, DEVICE_WINDOW_BYTES
 from vmm.x86 import kvm
 from vmm.x86.faults import GeneralProtection, GuestFault, Vector
-from vmm.x86.flags import EFER_LMA, MASK32, MASK64, RFLAGS_IF
+from vmm.x86.flags import CR4_DE, CR4_PAE, CR4_VALID, EFER_LMA, MASK32, MASK64, RFLAGS_IF, RFLAGS_TF
 
 if TYPE_CHECKING:
     from vmm.hw.processor import Processor
@@ -28,14 +28,27 @@ if TYPE_CHECKING:
 Handler = Callable[["Processor", Any], bool]
 
 RAX, RCX, RDX, RBX = 0, 1, 2, 3
+DR6_BS = 1 << 14
+#: bits of DR6 and DR7 that always read as one
+_DEBUG_ONES = {6: 0xFFFF_0FF0, 7: 0x400}
+
+
+def _completed(vcpu: Processor, length: int) -> bool:
+    """The instruction was carried out here: go on behind it; the shadow of STI or MOV SS ends with it."""
+    q, d = vcpu.q, vcpu.d
+    q[at.RIP] += length
+    d[at.HFLAGS] &= ~at.HF_INHIBIT_IRQ
+    if q[at.RFLAGS] & RFLAGS_TF:
+        q[vcpu.place.dr + 6] |= DR6_BS
+        vcpu.delivery.exception(Vector.DB)
+    return True
 
 
 def on_cpuid(vcpu: Processor, _exit: Plain) -> bool:
     """CPUID: from the table."""
     q = vcpu.q
     q[RAX], q[RBX], q[RCX], q[RDX] = vcpu.cpuid.lookup(q[RAX] & MASK32, q[RCX] & MASK32)
-    q[at.RIP] += 2
-    return True
+    return _completed(vcpu, 2)
 
 
 def on_msr(vcpu: Processor, exit: MsrAccess) -> bool:
@@ -47,14 +60,12 @@ def on_msr(vcpu: Processor, exit: MsrAccess) -> bool:
     else:
         value = vcpu.read_msr(number)
         q[RAX], q[RDX] = value & MASK32, value >> 32
-    q[at.RIP] += 2
-    return not vcpu.reenter
+    return _completed(vcpu, 2) and not vcpu.reenter
 
 
 def on_hlt(vcpu: Processor, _exit: Plain) -> bool:
     """HLT: the guest sleeps unless an interrupt is ready and allowed."""
-    vcpu.q[at.RIP] += 1
-    vcpu.d[at.HFLAGS] &= ~at.HF_INHIBIT_IRQ
+    _completed(vcpu, 1)
     if vcpu.interrupts.output and vcpu.q[at.RFLAGS] & RFLAGS_IF:
         return True
     vcpu.halted = True
@@ -86,6 +97,19 @@ def on_exception(vcpu: Processor, exit: Fault) -> bool:
     return True
 
 
+def on_nmi(vcpu: Processor, _exit: Fault) -> bool:
+    """The NMI that was injected; the guest is entered anew to leave at its handler's IRET."""
+    vcpu.take_nmi()
+    return False
+
+
+def on_icebp(vcpu: Processor, _exit: Plain) -> bool:
+    """ICEBP (INT1): #DB behind it."""
+    vcpu.q[at.RIP] += 1
+    vcpu.delivery.exception(Vector.DB)
+    return True
+
+
 def on_window(vcpu: Processor, _exit: Plain) -> bool:
     """The first instruction boundary at which the guest takes interrupts."""
     vcpu.take_interrupt()
@@ -96,32 +120,46 @@ def on_vmmcall(vcpu: Processor, _exit: Plain) -> bool:
     """A hypercall: number in RAX, result in RAX."""
     q = vcpu.q
     q[RAX] = kvm.hypercall(q[RAX], vcpu.regs.cpl, bool(q[at.EFER] & EFER_LMA))
-    q[at.RIP] += 3
     vcpu.accounting.hypercalls += 1
-    return True
+    return _completed(vcpu, 3)
 
 
 def on_register_move(vcpu: Processor, exit: RegisterMove) -> bool:
-    """CR8 is the local APIC's; DR7 is kept, but never arms the silicon's breakpoints: guests share them."""
+    """CR8 is the local APIC's; CR4 and debug registers have rules that the silicon does not keep."""
     length, register = vcpu.moved_register()
     q = vcpu.q
-    mask = MASK64 if q[at.EFER] & EFER_LMA else MASK32
+    value = q[register] & (MASK64 if q[at.EFER] & EFER_LMA else MASK32)
     if exit.debug:
-        q[vcpu.place.dr + exit.number] = q[register] & MASK32 | 0x400
-    elif exit.write:
-        if q[register] & mask & ~0xF:
+        _write_debug(vcpu, exit.number, value)
+    elif exit.number == 4:
+        if value & ~CR4_VALID or (q[at.EFER] & EFER_LMA and not value & CR4_PAE):
             raise GeneralProtection
-        vcpu.lapic.cr8 = q[register] & 0xF
+        vcpu.regs.set_cr4(value)
+    elif exit.write:
+        if value & ~0xF:
+            raise GeneralProtection
+        vcpu.lapic.cr8 = value
     else:
         q[register] = vcpu.lapic.cr8
-    q[at.RIP] += length
-    return True
+    return _completed(vcpu, length)
+
+
+def _write_debug(vcpu: Processor, number: int, value: int) -> None:
+    """Kept, but never armed: the silicon's breakpoints belong to all guests at once (APM vol. 2, 13.1.1)."""
+    if number in (4, 5):
+        if vcpu.q[at.CR + 4] & CR4_DE:
+            raise GuestFault(Vector.UD)
+        number += 2
+    if number >= 6:
+        if value > MASK32:
+            raise GeneralProtection
+        value |= _DEBUG_ONES[number]
+    vcpu.q[vcpu.place.dr + number] = value
 
 
 def on_privileged_cache(vcpu: Processor, _exit: Plain) -> bool:
     """INVD, WBINVD: nothing to write back."""
-    vcpu.q[at.RIP] += 2
-    return True
+    return _completed(vcpu, 2)
 
 
 def on_unknown_instruction(_vcpu: Processor, _exit: Plain) -> bool:
@@ -157,17 +195,20 @@ HANDLERS: dict[int, Handler] = {
     ExitCode.VMMCALL: on_vmmcall,
     ExitCode.CR8_READ: on_register_move,
     ExitCode.CR8_WRITE: on_register_move,
-    ExitCode.DR7_WRITE: on_register_move,
+    ExitCode.CR4_WRITE: on_register_move,
+    **dict.fromkeys(range(ExitCode.DR0_WRITE, ExitCode.DR7_WRITE + 1), on_register_move),
     ExitCode.INVD: on_privileged_cache,
     ExitCode.WBINVD: on_privileged_cache,
     ExitCode.RDPMC: on_rdpmc,
     ExitCode.IRET: on_nmi_return,
+    ExitCode.ICEBP: on_icebp,
     ExitCode.SHUTDOWN: on_shutdown,
     **dict.fromkeys(
         (ExitCode.VMRUN, ExitCode.VMLOAD, ExitCode.VMSAVE, ExitCode.STGI, ExitCode.CLGI, ExitCode.SKINIT,
          ExitCode.INVLPGA, ExitCode.MONITOR, ExitCode.MWAIT, ExitCode.MWAIT_CONDITIONAL, ExitCode.XSETBV,
          ExitCode.RDPRU, ExitCode.RSM), on_unknown_instruction),
     **dict.fromkeys(range(ExitCode.EXCP_DE, ExitCode.EXCP_31 + 1), on_exception),
+    ExitCode.EXCP_NMI: on_nmi,
 }
 
 #: what the VMCB intercepts beside all exceptions: the handlers above say what for

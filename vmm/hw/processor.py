@@ -12,6 +12,7 @@ shadow of STI and MOV SS, and EFLAGS changes inside a block need no second opini
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from vmm.clock import GuestClock
@@ -74,7 +75,7 @@ class Processor:
         self.reenter = False
         #: an interrupt acknowledged whose delivery had to wait for a frame
         self._accepted: int | None = None
-        self._fault: GuestFault | None = None
+        self._fault: Exception | None = None
         self._armed = _NEVER
         self._running = False
         self._clock_record_stale = False
@@ -148,7 +149,7 @@ class Processor:
                 self._ask_window()
                 self._armed = min(deadline_ns, base + timers.next)
                 cpu.kicker.at(self._armed)
-                self.reenter = False
+                self.reenter = self._rose = False
                 code = cpu.vmrun(self.guest)
                 if self.verdict is not None:
                     return self._leave()
@@ -226,14 +227,17 @@ class Processor:
             self.cpu.window(True)
 
     def _take_nmi(self) -> None:
-        """Inject an NMI at the next entry (EVENTINJ); its handler is not interrupted by another."""
-        if self.cpu.resident is self.guest and self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ:
-            return      # one instruction more, after STI or MOV SS
+        """Inject an NMI at the next entry (EVENTINJ), which comes back as an exit with the guest in place."""
+        self.evict()
+        vmcb = self.guest.vmcb
+        if not vmcb.interrupt_shadow:      # else one instruction more, after STI or MOV SS
+            vmcb.eventinj = Event(Vector.NMI, EventType.NMI).encode()
+
+    def take_nmi(self) -> None:
+        """Deliver the NMI; its handler is not interrupted by another."""
+        self.delivery.exception(Vector.NMI)
         self.interrupts.nmi_pending = False
         self.nmi_masked = True
-        self.halted = False
-        self.evict()
-        self.guest.vmcb.eventinj = Event(Vector.NMI, EventType.NMI).encode()
         self.vmcb_intercept(ExitCode.IRET, True)
 
     def vmcb_intercept(self, code: int, wanted: bool) -> None:
@@ -286,7 +290,7 @@ class Processor:
         started = time.perf_counter_ns()
         self._counts[_SWINT] += 1
         try:
-            self.delivery.software(vector, self.q[at.RIP])
+            self.delivery.software(vector)
         except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
             return self._give_up(failure)
         finally:
@@ -333,7 +337,7 @@ class Processor:
             if descriptors.io_permitted(self.regs.segment(at.TR), port, size, self.linear.read):
                 return
             self._fault = GeneralProtection()
-        except GuestFault as fault:
+        except (GuestFault, OutOfFrames) as fault:
             self._fault = fault
         except BadAddress:
             self._fault = GeneralProtection()
@@ -343,7 +347,7 @@ class Processor:
         """An I/O instruction must fault; the registers are back at its start."""
         fault, self._fault = self._fault, None
         assert fault is not None
-        return self.give(fault)
+        return self.give(fault) if isinstance(fault, GuestFault) else self._give_up(fault)
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """A read of a device page."""
@@ -359,7 +363,13 @@ class Processor:
     def moved_register(self) -> tuple[int, int]:
         """Length of the MOV to or from a control or debug register at RIP, and its general register."""
         q = self.q
-        code = self.linear.read(q[at.CS + 1] + q[at.RIP], 8)
+        start = q[at.CS + 1] + q[at.RIP]
+        room = 0x1000 - (start & 0xFFF)
+        code = self.linear.read(start, min(8, room))
+        if room < 8:
+            # the instruction has been fetched; what follows it perhaps cannot be
+            with suppress(GuestFault, BadAddress):
+                code += self.linear.read(start + room, 8 - room)
         length = extend = 0
         while code[length] in _PREFIXES and length < 4:
             length += 1

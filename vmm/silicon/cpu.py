@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, UcError, unicorn_const, x86_const
 from unicorn.unicorn_py3.unicorn import uclib
 
-from vmm.consistency import consistency_errors
+from vmm.consistency import is_consistent
 from vmm.exitcodes import ExitCode
 from vmm.memory.pool import PAGE_SHIFT, Pool
 from vmm.silicon import layout as at
@@ -39,6 +39,7 @@ from vmm.silicon.kick import Kicker
 from vmm.silicon.registers import Registers
 from vmm.state import CpuState
 from vmm.vmcb import Vmcb
+from vmm.x86.faults import Vector
 from vmm.x86.flags import EFER_SVME, RFLAGS_VM
 
 _V = ctypes.c_void_p
@@ -120,7 +121,7 @@ class Cpu:
         ctypes.c_ubyte.from_address(place.no_exit_request).value = 1
         self.regs = Registers(place, self.handle)
         self.q, self.d = self.regs.q, self.regs.d
-        self._interrupt_request = ctypes.c_uint32.from_address(place.cpu_object + _INTERRUPT_REQUEST_AT)
+        self._interrupt_request = ctypes.c_uint32.from_address(place.interrupt_request)
         self.uc.mem_map_ptr(0, pool.size, unicorn_const.UC_PROT_ALL, pool.base)
         self.area = HostArea(self.uc)
         self.area.enter(self.uc)
@@ -213,7 +214,7 @@ class Cpu:
             error = self._start(self.handle, self.q[at.RIP], 0, 0, 0)
         else:
             self.evict()
-            if guest.vmcb.clean == 0 and consistency_errors(guest.vmcb):
+            if not is_consistent(guest.vmcb):
                 guest.vmcb.exitcode = VMEXIT_INVALID
                 return VMEXIT_INVALID
             error = self._enter(guest)
@@ -224,8 +225,10 @@ class Cpu:
             raise failure
         if error:
             raise EngineFault(f"{UcError(error)} at rip {self.q[at.RIP]:#x}")
+        vmcb = guest.vmcb
         code = self._exit if self._left else int(ExitCode.INTR)
-        guest.vmcb.exitcode = code
+        vmcb.exitcode = code
+        vmcb.exitinfo1 = self.d[self.regs.place.error_code] if self._left else 0
         return code
 
     def _enter(self, guest: Guest) -> int:
@@ -236,6 +239,8 @@ class Cpu:
         q[0] = guest.vmcb_pa
         q[at.RIP] = self.area.vmrun_stub
         d[regs.place.is_int] = 0
+        if guest.vmcb.interrupt_shadow:
+            d[at.HFLAGS] |= at.HF_INHIBIT_IRQ       # `vmrun` leaves it alone
         self.resident = guest
         self._monitor = guest.monitor
         self.switches += 1
@@ -255,9 +260,10 @@ class Cpu:
         pending = self._interrupt_request.value & at.INTERRUPT_VIRQ
         self._interrupt_request.value &= ~at.INTERRUPT_VIRQ
         regs.save_to(guest.page)
-        guest.vmcb.v_irq = 1 if pending else 0
-        guest.vmcb.eventinj = 0
-        guest.vmcb.clean = 0xFFFF_FFFF
+        vmcb = guest.vmcb
+        vmcb.v_irq = 1 if pending else 0
+        vmcb.interrupt_shadow = 1 if self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ else 0
+        vmcb.eventinj = vmcb.exitintinfo = 0      # events are delivered whole: no exit finds one half-way
         guest.image[:] = regs.image
         save = self.area.host_save()
         if save != self._host_save:
@@ -297,8 +303,11 @@ class Cpu:
                 self.d[self.regs.place.is_int] = 0
                 done = self._monitor.software_interrupt(number)
                 code = ExitCode.SWINT
+            elif number == Vector.NMI:
+                # the silicon injects interrupts alone by itself
+                done, code = self._monitor.intercepted(ExitCode.EXCP_NMI), ExitCode.EXCP_NMI
             else:
-                return      # the echo of an injected event: already delivered
+                return      # the echo of an injected interrupt: already delivered
             if not done:
                 self._exit = code
                 self._left = True
@@ -308,6 +317,8 @@ class Cpu:
 
     def _on_in(self, _engine: int, port: int, size: int, _data: int) -> int:
         try:
+            if self._snapshot is not None:
+                return 0
             return self._monitor.port_in(port, size)
         except InstructionAborted:
             self._abort()
@@ -317,7 +328,8 @@ class Cpu:
 
     def _on_out(self, _engine: int, port: int, size: int, value: int, _data: int) -> None:
         try:
-            self._monitor.port_out(port, size, value)
+            if self._snapshot is None:
+                self._monitor.port_out(port, size, value)
         except InstructionAborted:
             self._abort()
         except BaseException as failure:
@@ -327,11 +339,13 @@ class Cpu:
         """Remember the registers as they are at the start of this instruction; the block's rest is undone.
 
         The silicon offers no way to leave a block from a port callback, so the few instructions that
-        follow in the same block still run; their register results are thrown away.
+        follow in the same block still run, but under an empty nested table, and deaf to ports: the first
+        that touches memory ends the block, and what the others did to registers is thrown away.
         """
-        if self._snapshot is None:
-            self._snapshot = bytes(self.regs.image)
-            self._stop(self.handle)
+        self._snapshot = bytes(self.regs.image)
+        self.q[self.regs.place.nested_cr3] = self.area.empty_pa
+        self.flush_tlb()
+        self._stop(self.handle)
 
     def _restart_aborted(self, guest: Guest) -> None:
         snapshot, self._snapshot = self._snapshot, None
@@ -342,13 +356,15 @@ class Cpu:
 
     def _on_syscall(self, _engine: int, _data: int) -> None:
         try:
-            self._monitor.syscall()
+            if self._snapshot is None:
+                self._monitor.syscall()
         except BaseException as failure:
             self._fail(failure)
 
     def _on_sysenter(self, _engine: int, _data: int) -> None:
         try:
-            self._monitor.sysenter()
+            if self._snapshot is None:
+                self._monitor.sysenter()
         except BaseException as failure:
             self._fail(failure)
 
@@ -384,7 +400,7 @@ class Cpu:
         vmcb.rsp, vmcb.rax = state.gpr[4], state.gpr[0]
         vmcb.dr6, vmcb.dr7 = state.dr[6], state.dr[7]
         vmcb.cpl = 3 if state.rflags & RFLAGS_VM else state.ss.attributes >> 5 & 3
-        vmcb.clean = 0
+        vmcb.interrupt_shadow = 1 if state.interrupt_shadow else 0
         regs.image[:] = self.host_image
 
     def save_state(self, guest: Guest) -> CpuState:
@@ -403,6 +419,3 @@ class Cpu:
         """Run one of the host area's stubs on its scratch page, up to its HLT."""
         self.q[7] = self.area.fx_pa
         self._check(self._start(self.handle, address, 0, 0, 0), "a stub of the host area")
-
-
-_INTERRUPT_REQUEST_AT = 28

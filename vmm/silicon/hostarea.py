@@ -27,7 +27,8 @@ DEVICE_WINDOW_BYTES = 1 << 39
 _STUBS, _HSAVE, _PML4, _PDPT, _IOPM = (index * PAGE for index in range(5))
 _MSRPM = _IOPM + IOPM_BYTES
 _FX = _MSRPM + MSRPM_BYTES
-_AREA_BYTES = _FX + PAGE
+_EMPTY = _FX + PAGE
+_AREA_BYTES = _EMPTY + PAGE
 
 _VMRUN = 0x00        # vmrun; hlt
 _FXSAVE = 0x10       # fxsave64 [rdi]; hlt
@@ -59,6 +60,8 @@ class HostArea:
     fxsave_stub = HOST_AREA + _STUBS + _FXSAVE
     fxrstor_stub = HOST_AREA + _STUBS + _FXRSTOR
     fx_pa = HOST_AREA + _FX
+    #: a nested table that maps nothing
+    empty_pa = HOST_AREA + _EMPTY
 
     def __init__(self, uc: Uc) -> None:
         self._map = mmap.mmap(-1, _AREA_BYTES)

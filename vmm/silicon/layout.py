@@ -47,6 +47,8 @@ ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR = (SEGMENTS + 3 * i for i in range(
 
 HF_GUEST = 1 << 21
 HF_INHIBIT_IRQ = 1 << 3
+#: where QEMU's CPUState has `interrupt_request`, in bytes; verified by the self-test
+INTERRUPT_REQUEST_AT = 28
 #: QEMU's CPU_INTERRUPT_VIRQ
 INTERRUPT_VIRQ = 0x100
 
@@ -63,11 +65,11 @@ class Layout:
     env_bytes: int
     no_exit_request: int
     cpu_object: int
+    interrupt_request: int
     dr: int              # quadword index of DR0
     error_code: int      # doubleword index
     is_int: int          # doubleword index of exception_is_int
-    next_rip: int        # quadword index of exception_next_eip
-    old_exception: int   # doubleword index
+    nested_cr3: int      # quadword index
     star: int            # quadword index; LSTAR, CSTAR, SFMASK follow as found below
     lstar: int
     cstar: int
@@ -185,8 +187,8 @@ def find(uc: Uc, handle: int) -> Layout:
     layout = Layout(
         env=env, env_bytes=size - CONTEXT_HEADER,
         no_exit_request=handle + _find_no_exit_request(handle, size - CONTEXT_HEADER),
-        cpu_object=cpu_object, dr=dr0,
-        error_code=dr0 * 2 - 4, is_int=dr0 * 2 - 3, next_rip=dr0 - 1, old_exception=dr0 * 2 + 24,
+        cpu_object=cpu_object, interrupt_request=cpu_object + INTERRUPT_REQUEST_AT, dr=dr0,
+        error_code=dr0 * 2 - 4, is_int=dr0 * 2 - 3, nested_cr3=dr0 + 18,
         star=star, lstar=_index(image, marks["LSTAR"], "LSTAR"), cstar=_index(image, marks["CSTAR"], "CSTAR"),
         fmask=_index(image, marks["SFMASK"], "SFMASK"),
         kernel_gs_base=_index(image, marks["KERNEL_GS"], "KERNEL_GS_BASE"),

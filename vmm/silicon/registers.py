@@ -17,12 +17,11 @@ from unicorn.unicorn_py3.unicorn import uclib
 from vmm.silicon import layout as at
 from vmm.state import CpuState, Segment, Table
 from vmm.vmcb import SAVE
+from vmm.x86.flags import RFLAGS_VM
 
 # QEMU's hflags
 HF_CPL, HF_CS32, HF_SS32, HF_ADDSEG, HF_PE = 3, 1 << 4, 1 << 5, 1 << 6, 1 << 7
-HF_TF, HF_IOPL, HF_LMA, HF_CS64 = 1 << 8, 3 << 12, 1 << 14, 1 << 15
-HF_RF, HF_VM, HF_AC = 1 << 16, 1 << 17, 1 << 18
-_HF_FROM_RFLAGS = HF_TF | HF_IOPL | HF_RF | HF_VM | HF_AC
+HF_LMA, HF_CS64 = 1 << 14, 1 << 15
 #: flags kept lazily: OF SF ZF AF PF CF, and DF
 _CC = 0x8D5
 _DF = 0x400
@@ -58,10 +57,11 @@ class Registers:
         self.image = memoryview((ctypes.c_char * place.env_bytes).from_address(place.env)).cast("B")
         self.q = self.image[:place.env_bytes // 8 * 8].cast("Q")
         self.d = self.image[:place.env_bytes // 4 * 4].cast("I")
-        read = uclib["uc_reg_read"]
+        read, write = uclib["uc_reg_read"], uclib["uc_reg_write"]
         read.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         read.restype = ctypes.c_int
-        self._read = read
+        write.argtypes, write.restype = read.argtypes, read.restype
+        self._read, self._write = read, write
         self._handle = handle
         self._cell = ctypes.c_uint64()
         self._cell_address = ctypes.addressof(self._cell)
@@ -74,13 +74,21 @@ class Registers:
         return self._cell.value
 
     def set_rflags(self, value: int) -> None:
-        """Set RFLAGS and the copies of its bits the silicon keeps elsewhere."""
+        """Set RFLAGS.
+
+        Hidden flags hold none of its bits: the silicon adds them whenever it looks, and one put there would
+        outlive it.
+        """
         q, d = self.q, self.d
         q[at.CC_SRC] = value & _CC
         d[at.CC_OP] = _CC_OP_EFLAGS
         d[at.DF] = 0xFFFF_FFFF if value & _DF else 1
         q[at.RFLAGS] = value & ~(_CC | _DF) | 2
-        d[at.HFLAGS] = d[at.HFLAGS] & ~_HF_FROM_RFLAGS | value & _HF_FROM_RFLAGS
+
+    def set_cr4(self, value: int) -> None:
+        """Set CR4 as MOV does: the TLB and hidden flags follow."""
+        self._cell.value = value
+        self._write(self._handle, x86_const.UC_X86_REG_CR4, self._cell_address)
 
     @property
     def cpl(self) -> int:
@@ -105,7 +113,7 @@ class Registers:
             hidden |= HF_CS32 if cs & _DESC_B else 0
             hidden |= HF_SS32 if q[at.SS + 2] >> 32 & _DESC_B else 0
             based = q[at.DS + 1] | q[at.ES + 1] | q[at.SS + 1]
-            if not hidden & HF_PE or hidden & HF_VM or not hidden & HF_CS32 or based:
+            if not hidden & HF_PE or q[at.RFLAGS] & RFLAGS_VM or not hidden & HF_CS32 or based:
                 hidden |= HF_ADDSEG
         d[at.HFLAGS] = hidden
 
