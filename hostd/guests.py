@@ -255,6 +255,8 @@ class Guests:
         state, life = vm.state, vm.boots
         with wait:
             await trio.sleep(delay)
+        if vm.starting is wait:
+            vm.starting = None
         try:
             async with self.changing(vm):
                 if (vm.state, vm.boots) != (state, life):
@@ -268,12 +270,16 @@ class Guests:
                 await self._boot(vm, lambda phase, progress: None)
         except HostError as error:
             log.error("restart failed", extra={"vm": vm.name, "why": str(error)})
+        except Exception:
+            log.exception("restart failed", extra={"vm": vm.name})
 
     async def _destroy_by_policy(self, vm: Vm) -> None:
         try:
             await self.destroy(vm, force=False)
         except HostError as error:
             log.error("destroy by policy failed", extra={"vm": vm.name, "why": str(error)})
+        except Exception:
+            log.exception("destroy by policy failed", extra={"vm": vm.name})
 
     def _free(self, vm: Vm) -> None:
         """Give the guest's memory back, keeping its counters."""

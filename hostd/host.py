@@ -140,8 +140,11 @@ class Host:
 
     async def _collect(self) -> None:
         while True:
-            async with self._images_lock:
-                await trio.to_thread.run_sync(self._images.collect, self._blobs_in_use())
+            try:
+                async with self._images_lock:
+                    await trio.to_thread.run_sync(self._images.collect, self._blobs_in_use())
+            except HostError as error:
+                log.warning("blobs not collected", extra={"why": str(error)})
             await trio.sleep(COLLECT_INTERVAL_S)
 
     def _blobs_in_use(self) -> set[str]:

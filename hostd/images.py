@@ -23,7 +23,7 @@ from typing import BinaryIO
 import msgspec
 
 from hostd import storage
-from hostd.errors import Conflict, Invalid, NotFound, TooLarge
+from hostd.errors import Conflict, Failed, Invalid, NotFound, TooLarge
 from hostd.loader import BootFiles
 from hostd.model import MAX_MEMORY, BlobView, Definition, ImageSpec, ImageView
 
@@ -110,10 +110,7 @@ class Images:
             raise NotFound(f"no blob {sha256} for the {what}: upload it first") from None
 
     def read_blob(self, sha256: str) -> bytes:
-        try:
-            return (self._blobs / sha256).read_bytes()
-        except FileNotFoundError:
-            raise NotFound(f"blob {sha256} is gone from {self._blobs}") from None
+        return _read(self._blobs / sha256)
 
     def prepare_kernel(self, sha256: str) -> str:
         """Check that the blob is a kernel and cache its unpacked form; the answer is the kind of kernel."""
@@ -121,7 +118,7 @@ class Images:
 
         path = self._unpacked / sha256
         try:
-            unpacked = path.read_bytes() if path.exists() else unpack(self.read_blob(sha256))
+            unpacked = _read(path) if path.exists() else unpack(self.read_blob(sha256))
             kind = load(unpacked, memory_bytes=MAX_MEMORY).kind
         except BootError as error:
             raise NotAKernel(str(error)) from None
@@ -131,11 +128,9 @@ class Images:
 
     def read_kernel(self, sha256: str) -> bytes:
         """The kernel, unpacked."""
-        try:
-            return (self._unpacked / sha256).read_bytes()
-        except FileNotFoundError:
+        if not (self._unpacked / sha256).exists():
             self.prepare_kernel(sha256)
-            return (self._unpacked / sha256).read_bytes()
+        return _read(self._unpacked / sha256)
 
     def discard(self, sha256: str) -> None:
         """Remove a blob that is good for nothing, unless an image names it."""
@@ -160,10 +155,11 @@ class Images:
         for image in self._images.values():
             keep.update(sha256 for sha256 in (image.kernel, image.initrd) if sha256)
         oldest = time.time() - GRACE_S
-        for path in self._blobs.iterdir():
-            if path.name not in keep and path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
-                (self._unpacked / path.name).unlink(missing_ok=True)
+        with storage.told_plainly(self._blobs):
+            for path in self._blobs.iterdir():
+                if path.name not in keep and path.stat().st_mtime < oldest:
+                    path.unlink(missing_ok=True)
+                    (self._unpacked / path.name).unlink(missing_ok=True)
 
     # --- images
 
@@ -203,3 +199,12 @@ class Images:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"{path.name} is gone from {path.parent}") from None
+    except OSError as error:
+        raise Failed(f"cannot read {path}: {error.strerror}") from None

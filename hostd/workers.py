@@ -260,6 +260,9 @@ class Workers:
             pass
         except protocol.ProtocolError as error:
             log.error("worker talks nonsense", extra={"worker": worker.index, "why": str(error)})
+        except Exception:
+            # a mistake of ours: this worker's guests are lost, the daemon and the others go on
+            log.exception("a worker's message could not be dealt with", extra={"worker": worker.index})
 
     def _dispatch(self, worker: Worker, message: protocol.ToDaemon) -> None:
         match message:

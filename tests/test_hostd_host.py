@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from hostd import workers
 from hostd.errors import Conflict, Failed, HostError, Invalid, NotFound, TimedOut
 from hostd.host import Host
 from hostd.model import ImageSpec, StopRequest, VmPatch
@@ -242,6 +243,21 @@ async def test_guests_of_a_dead_worker_are_restarted_by_policy(told: ToldHost) -
     await told.tell("web", "die")
     await told.becomes("web", "crashed")
     assert (await told.becomes("web", "running")).boots == 2
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are taken for dead after a second and a half."""
+    monkeypatch.setattr(workers, "HANG_S", 1.5)
+    monkeypatch.setattr(workers, "HEARTBEAT_S", 0.05)
+
+
+async def test_a_worker_that_hangs_is_replaced(impatient: None, told: ToldHost) -> None:
+    pids = await told.ready_workers()
+    await told.running("web", on_crash="restart")
+    os.kill(pids[told.host.get("web").worker or 0], signal.SIGSTOP)
+    await told.becomes("web", "crashed")
+    await told.becomes("web", "running")
 
 
 async def test_a_worker_that_breaks_the_protocol_is_replaced(told: ToldHost) -> None:
