@@ -89,6 +89,7 @@ def clone_block(allocator: FrameAllocator, source: VmBlock) -> VmBlock:
     allocator.adopt_shared(private)
     keep = np.uint64(~(KIND_MASK | WRITABLE | DIRTY) & (1 << 64) - 1)
     leaf[present] = leaf[present] & keep | np.uint64(Kind.SHARED << KIND_SHIFT | ACCESSED)
+    source.p2m.version += 1
     block.leaf()[:] = leaf
     allocator.share(leaf)
     return block

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import numpy as np
+
 from vmm.memory.errors import BadAddress
 from vmm.memory.frames import FrameSource
 from vmm.memory.p2mbits import (
@@ -46,6 +48,10 @@ class Outcome(IntEnum):
     MAPPED = 0        # present entry installed or write permission given: retry, no flush needed
     REMAPPED = 1      # the page has another frame now: flush the TLB, then retry
     NOT_RAM = 2       # no memory there: a device's address
+
+
+def _private(entries: np.ndarray) -> np.ndarray:
+    return (entries & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)
 
 
 class P2M:
@@ -148,6 +154,36 @@ class P2M:
             entry = self.leaf[page]
         return entry & FRAME_MASK | gpa & 0xFFF
 
+    # -- dirty log ---------------------------------------------------------------------------------
+    #
+    # Each call changes write permissions: the guest must be off the CPU (vmrun flushes its TLB).
+
+    def start_log(self) -> None:
+        """From now on, note which pages are written, by the guest or for it."""
+        entries = self._entries()
+        entries &= ~np.uint64(LOGGED)
+        entries[_private(entries)] &= ~np.uint64(WRITABLE)
+        self.logging = True
+        self.version += 1
+
+    def collect_log(self) -> np.ndarray:
+        """Numbers of the pages written since the log was started or last collected, ascending."""
+        entries = self._entries()
+        written = np.flatnonzero(entries & np.uint64(LOGGED))
+        entries[written] &= ~np.uint64(LOGGED | WRITABLE)
+        self.version += 1
+        return written
+
+    def stop_log(self) -> None:
+        """Note nothing any more; what was not collected is forgotten."""
+        entries = self._entries()
+        entries &= ~np.uint64(LOGGED)
+        entries[_private(entries)] |= np.uint64(WRITABLE)
+        self.logging = False
+
+    def _entries(self) -> np.ndarray:
+        return np.frombuffer(self.leaf, dtype=np.uint64)
+
     # -- device pages ------------------------------------------------------------------------------
 
     def map_device(self, gpa: int, machine: int) -> bool:
@@ -188,4 +224,3 @@ class P2M:
                 q[slot] = spare << PAGE_SHIFT | TABLE_BITS
             frame = (q[slot] & FRAME_MASK) >> PAGE_SHIFT
         return frame
-
