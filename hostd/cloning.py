@@ -58,13 +58,13 @@ class Cloner:
             for definition in definitions:
                 step(f"sharing memory with {definition.name}", 0.3 + 0.4 * len(clones) / len(names))
                 clone = Vm(definition, self._events)
-                clone.block = self._memory.clone(source.block)
+                clone.block = self._memory.books.clone(source.block)
                 clones.append(clone)
                 await trio.lowlevel.checkpoint()
         except BaseException:
             for clone in clones:
                 assert clone.block is not None
-                self._memory.free(clone.block)
+                self._memory.books.free(clone.block)
             for name in names:
                 self._inventory.remove(name)
             raise

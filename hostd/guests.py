@@ -195,7 +195,7 @@ class Guests:
                 files = await trio.to_thread.run_sync(self._images.boot_files, vm.definition)
                 image = await trio.to_thread.run_sync(lay_out, files, vm.definition.memory)
                 step("filling memory", 0.4)
-                vm.block = self._memory.new(vm.definition.memory)
+                vm.block = self._memory.books.new(vm.definition.memory)
                 state = await fill(self._memory, vm.block, image)
                 step("waiting for a worker", 0.8)
                 await self.workers.wait_ready()
@@ -288,5 +288,5 @@ class Guests:
             return
         block, vm.block = vm.block, None
         vm.ledger.fold(block)
-        self._memory.free(block)
+        self._memory.books.free(block)
         self.leases.feed_hungry()

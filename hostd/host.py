@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -89,6 +90,7 @@ class Host:
     async def run(self) -> None:
         """Keep workers and housekeeping going until `shut_down`."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._prepare_books)
             nursery.start_soon(self._balance)
             nursery.start_soon(self._collect)
             for vm in self._guests.vms.values():
@@ -129,6 +131,10 @@ class Host:
     def healthy(self) -> bool:
         """The workers answer.  (That somebody can ask shows that the main loop runs.)"""
         return self._workers.healthy()
+
+    async def _prepare_books(self) -> None:
+        """Load in the background what the first guest needs and the first answer did not."""
+        await trio.to_thread.run_sync(import_module, "hostd.books")
 
     async def _balance(self) -> None:
         while True:
@@ -171,11 +177,11 @@ class Host:
         return [worker.view(held[worker]) for worker in self._workers.all]
 
     def frames(self) -> FrameCounts:
-        return self._memory.counts()
+        return self._memory.books.counts()
 
     def check_memory(self) -> list[str]:
         """Every disagreement in the books of machine memory, a sentence each."""
-        return self._memory.check()
+        return self._memory.books.check()
 
     def latency(self) -> tuple[list[int], float]:
         """Wake-up latency histogram of all workers: counts per bucket of hostd.scheduler.LATENCY_BOUNDS_NS
@@ -361,7 +367,7 @@ class Host:
             raise Invalid("an initrd goes with a kernel; an image has its own")
         defaults = self.config.defaults
         memory = defaults.memory.bytes if request.memory is None else request.memory
-        self._memory.check_size(memory)
+        self._memory.books.check_size(memory)
         return Definition(
             name=request.name, memory=memory, vmm=request.vmm, autostart=request.autostart,
             image=request.image, kernel=request.kernel, initrd=request.initrd, append=request.append,

@@ -99,7 +99,7 @@ class Leases:
         self._adopting[vm.lease] = trigger, reply
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
-            since_ns=since_ns, snapshot=self._memory.snapshot(vm.block),
+            since_ns=since_ns, snapshot=self._memory.books.snapshot(vm.block),
             weight=vm.definition.weight, cap=vm.definition.cap))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
@@ -139,7 +139,7 @@ class Leases:
                 self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
                 self._ended(vm, Trigger.CRASH, why)
         self._hungry.pop(worker, None)
-        self._memory.reclaim(worker.index)
+        self._memory.books.reclaim(worker.index)
         self._events.publish("worker", index=worker.index, state="died", reason=why)
 
     def _lost(self, vm: Vm, error: HostError) -> None:
@@ -182,7 +182,7 @@ class Leases:
         self._held[message.vm].write_console(message.data)
 
     def _on_need_frames(self, worker: Worker, message: protocol.NeedFrames) -> None:
-        extents = self._memory.lend(worker.index, min(message.count, MAX_GRANT))
+        extents = self._memory.books.lend(worker.index, min(message.count, MAX_GRANT))
         if extents:
             self._hungry.pop(worker, None)
             worker.send(protocol.Grant(extents))
@@ -198,7 +198,7 @@ class Leases:
     def _on_dropped(self, worker: Worker, message: protocol.Dropped) -> None:
         block = self._held[message.vm].block
         if block is not None:
-            self._memory.dropped(block, message.frames)
+            self._memory.books.dropped(block, message.frames)
 
 
 

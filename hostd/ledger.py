@@ -8,10 +8,13 @@ with the memory; what they had come to is kept here, so that a VM's totals never
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from hostd.model import CpuTimes, ExitRow
 from vmm.exitcodes import exit_name
-from vmm.memory.block import VmBlock
+
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
 
 
 class Ledger:

@@ -11,14 +11,13 @@ import trio
 
 from hostd.errors import Invalid
 from hostd.memory import MachineMemory
-from vmm.memory.block import VmBlock
-from vmm.memory.frames import Magazine
-from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import PAGE_SHIFT
 from vmm.state import MachineState, encode
 
 if TYPE_CHECKING:
     from vmm.boot.image import BootImage
+    from vmm.memory.block import VmBlock
+    from vmm.memory.frames import Magazine
 
 
 #: entropy given to a booting Linux
@@ -56,12 +55,14 @@ async def fill(memory: MachineMemory, block: VmBlock, image: BootImage) -> bytes
     pages: set[int] = set()
     for gpa, data in image.writes:
         pages.update(range(gpa >> PAGE_SHIFT, (gpa + len(data) - 1 >> PAGE_SHIFT) + 1))
-    magazine = memory.frames_for_loading(len(pages))
+    magazine = memory.books.frames_for_loading(len(pages))
     await trio.to_thread.run_sync(_write, block, magazine, image)
     return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu))
 
 
 def _write(block: VmBlock, magazine: Magazine, image: BootImage) -> None:
+    from vmm.memory.physical import GuestMemory
+
     guest = GuestMemory(block.p2m, magazine)
     for gpa, data in image.writes:
         guest.write(gpa, data)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import trio
 
 from hostd import lifecycle
@@ -10,10 +12,11 @@ from hostd.console import Console
 from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
-from hostd.memory import MachineMemory
-from hostd.model import Definition, MemoryUsage, VmView
+from hostd.model import PAGE, Definition, MemoryUsage, VmView
 from hostd.workers import Worker
-from vmm.memory.block import VmBlock
+
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
 
 
 class Signal:
@@ -100,14 +103,15 @@ class Vm:
     def view(self) -> VmView:
         definition = self.definition
         accounts = self.ledger.accounts(self.block)
-        usage = MachineMemory.usage(self.block) if self.block is not None else MemoryUsage()
+        pages = self.block.memory_counts() if self.block is not None else {}
+        memory_usage = MemoryUsage(**{kind: count * PAGE for kind, count in pages.items()})
         return VmView(
             name=self.name, state=self.state, reason=self.reason, vmm=definition.vmm,
-            memory=definition.memory,
-            weight=definition.weight, cap=definition.cap, on_crash=definition.on_crash,
-            on_poweroff=definition.on_poweroff, autostart=definition.autostart, image=definition.image,
-            kernel=definition.kernel, initrd=definition.initrd, append=definition.append,
-            template=definition.template, worker=self.worker.index if self.worker else None,
-            uptime_s=round(self.age(), 3), exit_status=self.exit_status, cpu=cpu_times(accounts),
-            memory_usage=usage, exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
+            memory=definition.memory, weight=definition.weight, cap=definition.cap,
+            on_crash=definition.on_crash, on_poweroff=definition.on_poweroff, autostart=definition.autostart,
+            image=definition.image, kernel=definition.kernel, initrd=definition.initrd,
+            append=definition.append, template=definition.template,
+            worker=self.worker.index if self.worker else None, uptime_s=round(self.age(), 3),
+            exit_status=self.exit_status, cpu=cpu_times(accounts), memory_usage=memory_usage,
+            exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
             world_switches=accounts["world_switches"], boots=self.boots, crashes=self.crashes)

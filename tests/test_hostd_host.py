@@ -340,7 +340,7 @@ async def test_a_clone_starts_anew_from_its_template_s_kernel(told: ToldHost) ->
 async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
     await told.running("template")
     before = told.host.frames()
-    real, left = told.host._memory.clone, [2]
+    real, left = told.host._memory.books.clone, [2]
 
     def clone(block: Any) -> Any:
         left[0] -= 1
@@ -348,7 +348,7 @@ async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.M
             raise Failed("not enough machine memory: none")
         return real(block)
 
-    monkeypatch.setattr(told.host._memory, "clone", clone)
+    monkeypatch.setattr(told.host._memory.books, "clone", clone)
     with pytest.raises(Failed, match="not enough machine memory"):
         await told.clone("template", "a", "b", "c")
     assert [view.name for view in told.host.views()] == ["template"]
@@ -415,7 +415,7 @@ async def test_an_image_in_use_stays(told: ToldHost) -> None:
 async def test_a_start_without_memory_leaves_a_defined_vm(told: ToldHost) -> None:
     for name in "a", "b":
         await told.create(name, memory=30 << 20)
-    frames = told.host._memory.lend(1, told.host.frames().free - 3)
+    frames = told.host._memory.books.lend(1, told.host.frames().free - 3)
     with pytest.raises(Failed, match="not enough machine memory"):
         await told.host.start("a").outcome()
     view = told.host.get("a")

@@ -10,11 +10,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from hostd.books import Books
 from hostd.errors import Failed, Invalid
-from hostd.memory import MachineMemory
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.physical import GuestMemory
+from vmm.memory.pool import Pool
 
 PAGE = 4096
 GUEST = 1 << 20
@@ -24,7 +25,7 @@ WORKERS = 2
 class Hand:
     """A worker's side: a magazine, and guests that write."""
 
-    def __init__(self, memory: MachineMemory, index: int) -> None:
+    def __init__(self, memory: Books, index: int) -> None:
         self.magazine = Magazine(memory.lend(index, 400))
 
     def write(self, block: VmBlock, page: int, data: bytes) -> None:
@@ -35,33 +36,33 @@ def read(block: VmBlock, page: int) -> bytes:
     return GuestMemory(block.p2m, Magazine()).read(page * PAGE, 8)
 
 
-def report(memory: MachineMemory, block: VmBlock) -> None:
+def report(memory: Books, block: VmBlock) -> None:
     """What the worker does after a turn."""
     dropped, block.p2m.dropped = block.p2m.dropped, []
     memory.dropped(block, dropped)
 
 
 @pytest.fixture
-def memory() -> Iterator[MachineMemory]:
-    memory = MachineMemory(16 << 20)
+def memory() -> Iterator[Books]:
+    memory = Books(Pool(16 << 20))
     yield memory
     assert memory.check() == []
 
 
-def test_a_guest_takes_what_it_touches_and_gives_it_back(memory: MachineMemory) -> None:
+def test_a_guest_takes_what_it_touches_and_gives_it_back(memory: Books) -> None:
     hand = Hand(memory, 0)
     free = memory.counts().free
     block = memory.new(GUEST)
     hand.write(block, 3, b"something")
     hand.write(block, 9, b"else")
-    assert memory.usage(block).private == memory.usage(block).resident == 2 * PAGE
+    assert VmBlock.memory_counts(block)["private"] == VmBlock.memory_counts(block)["resident"] == 2
     assert memory.counts().private == 2
     memory.free(block)
     assert memory.counts().free == free + 2
     assert memory.counts().private == 0
 
 
-def test_clones_share_until_they_write(memory: MachineMemory) -> None:
+def test_clones_share_until_they_write(memory: Books) -> None:
     hand = Hand(memory, 0)
     template = memory.new(GUEST)
     for page in range(4):
@@ -72,13 +73,13 @@ def test_clones_share_until_they_write(memory: MachineMemory) -> None:
     report(memory, clones[0])
     assert [read(block, 1) for block in (template, *clones)] == [
         b"template", b"clone no", b"template", b"template"]
-    assert (memory.usage(clones[0]).private, memory.usage(clones[0]).shared) == (PAGE, 3 * PAGE)
+    assert (VmBlock.memory_counts(clones[0])["private"], VmBlock.memory_counts(clones[0])["shared"]) == (1, 3)
     for block in (template, *clones):
         memory.free(block)
     assert (memory.counts().shared, memory.counts().private) == (0, 0)
 
 
-def test_clones_of_one_moment_have_one_snapshot(memory: MachineMemory) -> None:
+def test_clones_of_one_moment_have_one_snapshot(memory: Books) -> None:
     hand = Hand(memory, 0)
     template = memory.new(GUEST)
     hand.write(template, 0, b"x")
@@ -90,7 +91,7 @@ def test_clones_of_one_moment_have_one_snapshot(memory: MachineMemory) -> None:
     assert memory.snapshot(third) not in (0, memory.snapshot(first))
 
 
-def test_a_report_that_never_came_costs_no_frame(memory: MachineMemory) -> None:
+def test_a_report_that_never_came_costs_no_frame(memory: Books) -> None:
     hand = Hand(memory, 0)
     template = memory.new(GUEST)
     hand.write(template, 0, b"template")
@@ -103,7 +104,7 @@ def test_a_report_that_never_came_costs_no_frame(memory: MachineMemory) -> None:
     assert counts.free + counts.overhead == counts.total
 
 
-def test_a_report_after_another_worker_s_death_is_counted_once(memory: MachineMemory) -> None:
+def test_a_report_after_another_worker_s_death_is_counted_once(memory: Books) -> None:
     hands = [Hand(memory, 0), Hand(memory, 1)]
     template = memory.new(GUEST)
     hands[0].write(template, 0, b"template")
@@ -117,7 +118,7 @@ def test_a_report_after_another_worker_s_death_is_counted_once(memory: MachineMe
     assert memory.counts().shared == 1
 
 
-def test_a_full_pool_is_told_and_leaves_nothing(memory: MachineMemory) -> None:
+def test_a_full_pool_is_told_and_leaves_nothing(memory: Books) -> None:
     blocks = []
     with pytest.raises(Failed, match="not enough machine memory"):
         for _ in range(10_000):
@@ -128,7 +129,7 @@ def test_a_full_pool_is_told_and_leaves_nothing(memory: MachineMemory) -> None:
     assert memory.counts().free == used.free + used.overhead - 1    # frame 0 is nobody's
 
 
-def test_a_worker_gets_what_there_is(memory: MachineMemory) -> None:
+def test_a_worker_gets_what_there_is(memory: Books) -> None:
     assert sum(count for _, count in memory.lend(0, 1 << 20)) == memory.counts().granted
     assert memory.lend(1, 1) == []
 
@@ -138,17 +139,17 @@ def test_a_worker_gets_what_there_is(memory: MachineMemory) -> None:
     (16 << 20, "more than the host's pool"),
     ((1 << 20) + 1, "not a whole number of 4 KiB pages"),
 ])
-def test_a_guest_that_can_never_fit(memory: MachineMemory, size: int, sentence: str) -> None:
+def test_a_guest_that_can_never_fit(memory: Books, size: int, sentence: str) -> None:
     with pytest.raises(Invalid, match=sentence):
         memory.check_size(size)
 
 
-class Books(RuleBasedStateMachine):
+class Comings(RuleBasedStateMachine):
     """Guests come, write, are cloned, moved and go; workers die with reports unsent."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.memory = MachineMemory(16 << 20)
+        self.memory = Books(Pool(16 << 20))
         self.hands = [Hand(self.memory, index) for index in range(WORKERS)]
         #: (block, worker, what was last written by page)
         self.guests: list[tuple[VmBlock, int, dict[int, bytes]]] = []
@@ -223,5 +224,5 @@ class Books(RuleBasedStateMachine):
         assert (counts.private, counts.shared, counts.granted) == (0, 0, stock)
 
 
-TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestComings = Comings.TestCase
+TestComings.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
