@@ -124,9 +124,11 @@ class WorkerLoop:
         if self._alarms and self._alarms[0][0] < deadline:
             deadline = max(self._alarms[0][0], now + 1)
         guest.tell_steal(self._queue.usage(guest.lease, now).wait_ns)
+        # CPU time, not elapsed time: what the machine's other work took from this process, the guest waited
+        began = time.thread_time_ns()
         stop = guest.run(deadline)
-        ended = time.monotonic_ns()
-        self._queue.charge(guest.lease, ended - now, ended)
+        ran, ended = time.thread_time_ns() - began, time.monotonic_ns()
+        self._queue.charge(guest.lease, ran, ended)
         self._after[stop.reason](guest, stop, ended)
         if guest.lease in self._guests:
             guest.account(self._queue.usage(guest.lease, ended))
@@ -162,7 +164,7 @@ class WorkerLoop:
             if guest is not None and guest.alarm == when:
                 guest.alarm = None
                 if lease not in self._starved:
-                    self._queue.wake(lease, now)
+                    self._queue.wake(lease, when)
 
     def _sleep(self, now: int) -> None:
         """Nobody can run: wait for a message, an alarm, or a cap that lets go."""

@@ -165,6 +165,14 @@ def test_waking_and_sleeping_twice_changes_nothing() -> None:
     assert queue.usage("guest", 50) == Usage(run_ns=0, wait_ns=30, sleep_ns=20)
 
 
+def test_an_alarm_that_goes_off_as_its_guest_falls_asleep() -> None:
+    queue = RunQueue()
+    queue.add("guest", 100, 0, 0)
+    queue.sleep("guest", 20)
+    queue.wake("guest", 15)
+    assert queue.usage("guest", 30) == Usage(run_ns=0, wait_ns=30, sleep_ns=0)
+
+
 def test_latency_is_counted_from_wake_to_turn() -> None:
     queue = RunQueue()
     queue.add("guest", 100, 0, 0)

@@ -26,7 +26,7 @@ LAG_SECONDS = 2
 #: ...and fade by this part a second, so that old history does not move guests for ever
 LAG_FADE = 32
 #: the improvement, in nanoseconds of weighted lag, that a move must promise
-MOVE_GAIN = CPU // 50
+MOVE_GAIN = CPU // 100
 #: exchanges are tried for so many of each worker's guests, those that lag most: all would take too long
 EXCHANGED = 4
 #: a shorter interval is not a measurement

@@ -195,10 +195,11 @@ class RunQueue:
         guest.woken = None
 
     def wake(self, id: str, now: int) -> None:
-        """The guest can run.  It goes before whoever runs now if it used less than its share."""
+        """The guest can run since `now`.  It goes before whoever runs if it used less than its share."""
         guest = self._guests[id]
         if not guest.asleep:
             return
+        now = max(now, guest.since)                 # its alarm may have gone off while it fell asleep
         guest.sleep_ns += now - guest.since
         guest.since = guest.woken = now
         guest.asleep = False
