@@ -13,6 +13,7 @@ import trio
 
 from hostd.config import Config, parse
 from hostd.host import Host
+from tests.hw_rig import Rig
 from tests.private_daemon import PrivateDaemon
 from tests.told_host import FAKE_WORKER, ToldHost
 from vmm import guests
@@ -57,3 +58,18 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
     """One real daemon for all tests of a module."""
     with PrivateDaemon(tmp_path_factory.mktemp("daemon")) as daemon:
         yield daemon
+
+
+@pytest.fixture(scope="session")
+def silicon() -> Iterator[Rig]:
+    """The one CPU, with its machine memory, that all tests of the hardware-assisted monitor share."""
+    rig = Rig()
+    yield rig
+    rig.cpu.close()
+
+
+@pytest.fixture
+def rig(silicon: Rig) -> Iterator[Rig]:
+    """The CPU with no guest on it, and none afterwards."""
+    yield silicon
+    silicon.clear()

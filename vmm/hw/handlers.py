@@ -103,13 +103,6 @@ def on_nmi(vcpu: Processor, _exit: Fault) -> bool:
     return False
 
 
-def on_icebp(vcpu: Processor, _exit: Plain) -> bool:
-    """ICEBP (INT1): #DB behind it."""
-    vcpu.q[at.RIP] += 1
-    vcpu.delivery.exception(Vector.DB)
-    return True
-
-
 def on_window(vcpu: Processor, _exit: Plain) -> bool:
     """The first instruction boundary at which the guest takes interrupts."""
     vcpu.take_interrupt()
@@ -201,7 +194,6 @@ HANDLERS: dict[int, Handler] = {
     ExitCode.WBINVD: on_privileged_cache,
     ExitCode.RDPMC: on_rdpmc,
     ExitCode.IRET: on_nmi_return,
-    ExitCode.ICEBP: on_icebp,
     ExitCode.SHUTDOWN: on_shutdown,
     **dict.fromkeys(
         (ExitCode.VMRUN, ExitCode.VMLOAD, ExitCode.VMSAVE, ExitCode.STGI, ExitCode.CLGI, ExitCode.SKINIT,

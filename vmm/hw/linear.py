@@ -64,7 +64,7 @@ class Linear:
         """
         q, pool = self._q, self._pool
         walk = self._walks.get(address >> 12 << 1 | write)
-        if (walk is not None and walk[0] == q[at.CR + 3] and walk[1] == q[at.CR + 4]
+        if (walk is not None and q[at.CR] & CR0_PG and walk[0] == q[at.CR + 3] and walk[1] == q[at.CR + 4]
                 and walk[2] == self._p2m.version and pool[walk[3]] == walk[4] and pool[walk[5]] == walk[6]
                 and pool[walk[7]] == walk[8] and pool[walk[9]] == walk[10]):
             return walk[11] | address & 0xFFF
