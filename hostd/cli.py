@@ -27,7 +27,7 @@ COMMANDS = {
     "console": "terminal", "log": "terminal", "send": "terminal", "wait": "terminal",
     "exits": "watch", "top": "watch", "events": "watch", "operations": "watch", "host": "watch",
     "image": "images",
-    "run": "run", "demo": "demo", "soak": "soak",
+    "run": "run", "demo": "demo", "bench": "bench", "soak": "soak",
     "version": "about", "completion": "about",
 }  # fmt: skip
 

@@ -91,15 +91,19 @@ class FlatGuest:
         """The processor at the program's first instruction."""
         code, data = (_USER_CODE, _USER_DATA) if self.ring else (_KERNEL_CODE, _KERNEL_DATA)
         level = self.ring << 5
-        segments = {name: Segment(data, 0xC93 | level, _FLAT_LIMIT) for name in ("ss", "ds", "es", "fs", "gs")}
         registers = [0] * 16
         registers[RSI], registers[RBX], registers[RSP], registers[15] = (
             self.pointer, self.count, _STACK, self.rounds)
+
+        def flat() -> Segment:
+            return Segment(data, 0xC93 | level, _FLAT_LIMIT)
+
         return CpuState(
             gpr=registers, rip=CODE,
             # ring 3 may use ports, so that it can end
             rflags=RFLAGS_ONE | RFLAGS_IOPL,
-            cs=Segment(code, 0xA9B | level, _FLAT_LIMIT), **segments,
+            cs=Segment(code, 0xA9B | level, _FLAT_LIMIT),
+            ss=flat(), ds=flat(), es=flat(), fs=flat(), gs=flat(),
             gdtr=Table(len(_DESCRIPTORS) - 1, _GDT), idtr=Table(16 * (_PAGE_FAULT + 1) - 1, _IDT),
             cr0=CR0_PE | CR0_ET | CR0_NE | CR0_PG, cr3=_ROOT, cr4=CR4_PAE,
             efer=EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal, NamedTuple
@@ -37,8 +37,8 @@ class Measure:
 class Samples(NamedTuple):
     """The runs of one measure, in the order in which they were made; the peer's alternated with ours."""
 
-    ours: list[float]
-    peer: list[float] = []
+    ours: Sequence[float]
+    peer: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,14 @@ def result(measure: Measure, samples: Samples) -> Result:
     """What the runs of a measure come to.  Runs made side by side are compared with each other."""
     value = median(samples.ours)
     peer = median(samples.peer) if samples.peer else None
-    if len(samples.ours) == len(samples.peer):
+    ratio: float | None = None
+    if peer and len(samples.ours) == len(samples.peer):
         ratio = median(ours / theirs for ours, theirs in zip(*samples, strict=True))
-    else:
-        ratio = value / peer if peer else None
+    elif peer:
+        ratio = value / peer
     return Result(
-        name=measure.name, about=measure.about, unit=measure.unit, value=value, runs=samples.ours,
+        name=measure.name, about=measure.about, unit=measure.unit, value=value, runs=list(samples.ours),
         reach=measure.reach, reach_of="ratio" if measure.reach_is_ratio else "value",
         at_least=measure.at_least, reached=measure.reached(value, ratio),
-        peer=peer, peer_runs=samples.peer, ratio=ratio,
+        peer=peer, peer_runs=list(samples.peer), ratio=ratio,
     )

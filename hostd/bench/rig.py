@@ -86,6 +86,7 @@ def rig(memory_bytes: int) -> Iterator[Rig]:
 
 def run_to_end(machine: VirtualMachine) -> Stop:
     """Run a guest that never sleeps, in turns as a worker gives them, until it ends."""
-    while (stop := machine.run(time.monotonic_ns() + SLICE_NS)).reason in (StopReason.SLICE, StopReason.KICKED):
-        pass
-    return stop
+    while True:
+        stop = machine.run(time.monotonic_ns() + SLICE_NS)
+        if stop.reason not in (StopReason.SLICE, StopReason.KICKED):
+            return stop

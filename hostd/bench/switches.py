@@ -18,7 +18,8 @@ def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]
     runs = []
     with rig(3 * MEMORY_BYTES) as machines:
         blocks = [machines.block(MEMORY_BYTES, guest.writes()) for _ in range(2)]
-        with machines.machine(blocks[0], guest.cpu()) as first, machines.machine(blocks[1], guest.cpu()) as second:
+        with (machines.machine(blocks[0], guest.cpu()) as first,
+              machines.machine(blocks[1], guest.cpu()) as second):
             vmrun, one, other = machines.cpu.vmrun, first.processor.guest, second.processor.guest
             for _ in range(settings.runs):
                 began = time.thread_time()
@@ -30,5 +31,6 @@ def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]
 
 
 BENCHMARK = Benchmark(
-    (Measure("world-switch", "one guest off the CPU, another on it, up to its first exit", "us", 20),), measure
+    (Measure("world-switch", "one guest off the CPU, another on it, up to its first exit", "us", 20),),
+    measure,
 )
