@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Seconds from power-on until Debian's kernel has started /init, beside QEMU with the same files.
 
-Both get the unpacked kernel, so neither is timed at decompressing it.  `boot` is a guest of a worker: the
+Both get vmlinux, the kernel as bzImage has it inside, so neither is timed at decompressing it.  `boot` is a guest of a worker: the
 CPU is there already, the interpreter warm.  `boot-cold` is `hostctl run`, from nothing, as QEMU is too.
 """
 
@@ -21,7 +21,7 @@ from hostd.bench.rig import SLICE_NS, rig
 from hostd.ctl.errors import CtlError
 from hostd.ctl.pull import PullError, build_debian
 from hostd.loader import BootFiles, lay_out
-from vmm.boot.image import unpack
+from vmm.boot.linux import decompress_bzimage
 from vmm.monitor import StopReason
 
 MEMORY_BYTES = 128 << 20
@@ -40,13 +40,13 @@ class LinuxFiles:
 
 
 def debian(directory: Path, say: Callable[[str], None]) -> LinuxFiles:
-    """The Debian image, its kernel unpacked into `directory`."""
+    """The Debian image, its kernel as vmlinux in `directory`."""
     try:
         image = build_debian(progress=say)
     except PullError as error:
         raise CtlError(f"this benchmark boots Debian: {error}") from None
     kernel = directory / "vmlinux"
-    kernel.write_bytes(unpack(image.kernel.read_bytes()))
+    kernel.write_bytes(decompress_bzimage(image.kernel.read_bytes()))
     return LinuxFiles(kernel, image.initrd, image.append)
 
 
