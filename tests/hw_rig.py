@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterable
 
+from tests import hw_modes
 from vmm.clock import GuestClock
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
@@ -14,6 +16,7 @@ from vmm.memory.frames import FrameAllocator, FrameSource, LocalFrames
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import Pool
 from vmm.monitor import Stop, StopReason
+from vmm.silicon import layout as at
 from vmm.silicon import tsc
 from vmm.silicon.cpu import Cpu
 from vmm.state import MachineState
@@ -123,3 +126,21 @@ class Rig:
         # the frames go to other guests: what was translated from them must not
         self.cpu.invalidate(1, self.pool.frames - 1)
         assert not wrong, wrong
+
+
+def halted(rig: Rig, setup: hw_modes.Setup) -> Machine:
+    """Run to a HLT; registers are on the CPU."""
+    machine = rig.machine(setup.state, setup.writes)
+    assert machine.go() == Stop(StopReason.HALTED)
+    return machine
+
+
+def vector_of(machine: Machine) -> int | None:
+    """Which handler halted, if one did."""
+    where = machine.processor.q[at.RIP] - 1 - hw_modes.HANDLERS
+    return where // 16 if 0 <= where < 4096 else None
+
+
+def frame(machine: Machine, words: str) -> list[int]:
+    form = struct.Struct("<" + words)
+    return list(form.unpack(machine.memory.read(machine.processor.q[4], form.size)))
