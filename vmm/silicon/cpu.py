@@ -144,10 +144,12 @@ class Cpu:
         self._failure: BaseException | None = None
         self._snapshot: bytes | None = None
         self._hooks = [self._hook(unicorn_const.UC_HOOK_INTR, _INTR_HOOK(self._on_interrupt))]
-        for instruction, hook in ((x86_const.UC_X86_INS_IN, _IN_HOOK(self._on_in)),
-                                  (x86_const.UC_X86_INS_OUT, _OUT_HOOK(self._on_out)),
-                                  (x86_const.UC_X86_INS_SYSCALL, _PLAIN_HOOK(self._on_syscall)),
-                                  (x86_const.UC_X86_INS_SYSENTER, _PLAIN_HOOK(self._on_sysenter))):
+        # SYSCALL comes first: the silicon looks at a stop request after every hook of the list and then leaves
+        # the rest out, so a stop that arrives in just that moment would turn the instruction into a no-op
+        for instruction, hook in ((x86_const.UC_X86_INS_SYSCALL, _PLAIN_HOOK(self._on_syscall)),
+                                  (x86_const.UC_X86_INS_SYSENTER, _PLAIN_HOOK(self._on_sysenter)),
+                                  (x86_const.UC_X86_INS_IN, _IN_HOOK(self._on_in)),
+                                  (x86_const.UC_X86_INS_OUT, _OUT_HOOK(self._on_out))):
             self._hooks.append(self._hook(unicorn_const.UC_HOOK_INSN, hook, ctypes.c_int(instruction)))
         mmio = (_MMIO_READ(self._on_mmio_read), _MMIO_WRITE(self._on_mmio_write))
         self._hooks.extend(mmio)
