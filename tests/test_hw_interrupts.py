@@ -117,8 +117,8 @@ def _moved(machine: Machine, rig: Rig) -> Machine:
 
 @pytest.mark.parametrize("between", [_same, _evicted, _moved])
 def test_stopped_in_the_shadow(rig: Rig, between: Callable[[Machine, Rig], Machine]) -> None:
-    """A kick lands between STI and HLT, and an interrupt comes before the guest goes on: were it taken at once,
-    HLT would wait for what has been."""
+    """A kick lands between STI and HLT, an interrupt comes before the guest goes on: taken at once, it would
+    leave HLT waiting for what has been."""
     machine = start(rig, OUT + STI + HALT + INC)
     Trigger(machine, rig.cpu.stop)
     assert machine.run(time.monotonic_ns() + 10**10) == Stop(StopReason.KICKED)
