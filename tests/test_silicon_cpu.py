@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""vmrun and #VMEXIT on one CPU with many guests: illegal states, lost hosts, and whose registers are whose."""
+"""vmrun and #VMEXIT on one CPU with many guests: illegal states, lost hosts, registers kept apart."""
 
 from __future__ import annotations
 
