@@ -11,8 +11,6 @@ from hostd.bench.flat import DATA, DATA_PAGES, DEVICE_REGISTER, MEMORY_BYTES, UN
 from hostd.bench.measures import Benchmark, Measure, Samples, Settings
 from hostd.bench.rig import Rig, rig
 from hostd.bench.timing import guest_seconds
-from vmm.memory.block import VmBlock
-from vmm.memory.pool import PAGE
 
 #: a guest, its clone, and the tables of both
 _POOL_BYTES = 3 * MEMORY_BYTES
@@ -57,19 +55,19 @@ def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]
             runs = []
             for _ in range(settings.runs):
                 loop = guest_seconds(machines, empty)
-                template = _template(machines, guest) if operation.shared else None
-                block = machines.clone(template) if template else None
-                runs.append((guest_seconds(machines, guest, block) - loop) / rounds * 1e6)
-                if template:
-                    machines.free(template)
+                timed = _shared_seconds if operation.shared else guest_seconds
+                runs.append((timed(machines, guest) - loop) / rounds * 1e6)
             samples[name] = Samples(runs)
     return samples
 
 
-def _template(machines: Rig, guest: FlatGuest) -> VmBlock:
-    """Memory in which every page that the guest will write has something in it."""
-    pages = [(DATA + page * PAGE, b"\1") for page in range(guest.rounds)]
-    return machines.block(MEMORY_BYTES, [*guest.writes(), *pages])
+def _shared_seconds(machines: Rig, guest: FlatGuest) -> float:
+    """The guest's time as a clone of another whose pages are all there."""
+    template = machines.block(MEMORY_BYTES, guest.writes(touched=guest.rounds))
+    try:
+        return guest_seconds(machines, guest, machines.clone(template))
+    finally:
+        machines.free(template)
 
 
 BENCHMARK = Benchmark(

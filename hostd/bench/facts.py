@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from pathlib import Path
+from statistics import median
 
 import msgspec
 import unicorn
@@ -26,10 +28,24 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     kernel: str
     #: of the last minute, before the benchmarks: others' load spoils figures
     load: float
+    #: an empty round of Python's `for`: what the machine's pace was, compared with other times or machines
+    python_loop_ns: float
     python: str
     hostd: str
     unicorn: str
     qemu: str | None
+
+
+def _python_loop_ns() -> float:
+    """Median of several tries."""
+    rounds = 200_000
+    tries = []
+    for _ in range(9):
+        began = time.perf_counter_ns()
+        for _ in range(rounds):
+            pass
+        tries.append((time.perf_counter_ns() - began) / rounds)
+    return median(tries)
 
 
 def gather(with_qemu: bool) -> Facts:
@@ -42,6 +58,7 @@ def gather(with_qemu: bool) -> Facts:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         kernel=f"{platform.system()} {platform.release()}",
         load=os.getloadavg()[0],
+        python_loop_ns=round(_python_loop_ns(), 2),
         python=platform.python_version(),
         hostd=__version__,
         unicorn=unicorn.__version__,

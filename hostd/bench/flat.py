@@ -14,6 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from hostd.bench import programs
+from vmm.memory.pool import PAGE, PAGE_SHIFT
 from vmm.state import RBX, RSI, RSP, CpuState, Segment, Table
 from vmm.x86 import msr
 from vmm.x86.flags import (
@@ -33,7 +34,7 @@ from vmm.x86.flags import (
 MEMORY_BYTES = 32 << 20
 DATA = 2 << 20
 #: as many pages as there are from DATA on
-DATA_PAGES = (MEMORY_BYTES - DATA) >> 12
+DATA_PAGES = MEMORY_BYTES - DATA >> PAGE_SHIFT
 #: a register of the local APIC (its identifier), and an address where nothing is mapped
 DEVICE_REGISTER = (1 << 30) + 0x20
 UNMAPPED = 1 << 31
@@ -70,8 +71,8 @@ class FlatGuest:
     count: int = 0
     ring: int = 0
 
-    def writes(self) -> list[tuple[int, bytes]]:
-        """What its memory holds at the start."""
+    def writes(self, touched: int = 0) -> list[tuple[int, bytes]]:
+        """What its memory holds at the start: something in the first `touched` pages of DATA, too."""
         large = [page << 21 | _LARGE | _NO_EXECUTE for page in range(MEMORY_BYTES >> 21)]
         large[0] &= ~_NO_EXECUTE
         gate = struct.pack("<HHHHQ", _FAULT, _KERNEL_CODE, _INTERRUPT_GATE, 0, 0)
@@ -85,6 +86,7 @@ class FlatGuest:
             (_FAULT, programs.SKIP_FAULT),
             (_SYSTEM_CALL, programs.SYSTEM_CALL),
             (CODE, self.program),
+            *((DATA + page * PAGE, b"\1") for page in range(touched)),
         ]
 
     def cpu(self) -> CpuState:

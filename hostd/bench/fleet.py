@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hostd.bench import qemu
-from hostd.bench.boot import MEMORY_BYTES, LinuxFiles, debian
+from hostd.bench.boot import debian
 from hostd.bench.measures import Benchmark, Measure, Samples, Settings
 from hostd.ctl import demo
 from hostd.ctl.client import Client, vm_path
@@ -41,16 +41,16 @@ def measure_start(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Sa
 def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]:
     """Make the fleet as often as there are runs, and watch the last."""
     with tempfile.TemporaryDirectory(prefix="hostctl-bench-") as directory:
-        files = debian(Path(directory), settings.say)
-        theirs = _qemu_fleet(files, settings) if settings.qemu else {}
+        template = debian(Path(directory), _PROMPT, settings.say)
+        theirs = qemu_fleet(template, settings) if settings.qemu else {}
         with private_daemon() as daemon:
-            ours = _fleet(daemon, files, settings)
+            ours = fleet(daemon, template, settings)
     return {name: Samples(runs, theirs.get(name, [])) for name, runs in ours.items()}
 
 
-def _fleet(daemon: PrivateDaemon, files: LinuxFiles, settings: Settings) -> dict[str, list[float]]:
+def fleet(daemon: PrivateDaemon, template: demo.Template, settings: Settings) -> dict[str, list[float]]:
+    """Our figures."""
     client = daemon.client
-    template = demo.Template(files.kernel, files.initrd, files.append, MEMORY_BYTES, _PROMPT)
     settings.say(f"booting the template of {settings.guests} guests")
     demo.boot(client, template)
     starts: list[float] = []
@@ -77,11 +77,11 @@ def _destroy_clones(client: Client) -> None:
             client.finish(client.begin("DELETE", vm_path(vm.name), query={"force": "true"}))
 
 
-def _qemu_fleet(files: LinuxFiles, settings: Settings) -> dict[str, list[float]]:
-    """The same of QEMU, extrapolated."""
+def qemu_fleet(template: demo.Template, settings: Settings) -> dict[str, list[float]]:
+    """QEMU's, extrapolated."""
     count = settings.qemu_guests
     settings.say(f"booting {count} QEMU machines side by side")
-    command = qemu.command(files.kernel, files.initrd, files.append, MEMORY_BYTES)
+    command = qemu.command(template)
     scale = settings.guests / count
     with ExitStack() as machines:
         began = time.monotonic()
@@ -92,7 +92,7 @@ def _qemu_fleet(files: LinuxFiles, settings: Settings) -> dict[str, list[float]]
             machines.callback(process.kill)
             processes.append(process)
         for process in processes:
-            qemu.await_output(process, _PROMPT.encode(), _BOOT_TIMEOUT)
+            qemu.await_output(process, template.ready, _BOOT_TIMEOUT)
         seconds = time.monotonic() - began
         time.sleep(settings.settle)
         pids = [process.pid for process in processes]

@@ -119,7 +119,7 @@ MEMORY = (
     b"\x48\x8b\x07"          # line:      mov   rax, [rdi]
     b"\x4c\x01\xf8"          #            add   rax, r15
     b"\x48\x89\x07"          #            mov   [rdi], rax
-    b"\x48\x83\xc7\x40"      #            add   rdi, 64
+    b"\x48\x83\xc7\x40"      #            add   rdi, 0x40
     b"\xff\xc9"              #            dec   ecx
     b"\x75\xef"              #            jnz   line
     b"\x49\xff\xcf"          #            dec   r15

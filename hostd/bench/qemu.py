@@ -8,8 +8,8 @@ import select
 import shutil
 import subprocess
 import time
-from pathlib import Path
 
+from hostd.ctl.demo import Template
 from hostd.ctl.errors import CtlError
 
 PROGRAM = "qemu-system-x86_64"
@@ -23,24 +23,25 @@ def version() -> str:
     return said.splitlines()[0]
 
 
-def command(kernel: Path, initrd: Path, append: str, memory_bytes: int) -> list[str]:
-    """A machine that boots these files, its serial port on standard input and output."""
+def command(guest: Template) -> list[str]:
+    """A machine that boots the guest's files, its serial port on standard input and output."""
+    initrd = ["-initrd", str(guest.initrd)] if guest.initrd else []
     return [PROGRAM, "-accel", "tcg", "-M", "pc", "-nodefaults", "-no-reboot", "-display", "none",
-            "-m", str(memory_bytes >> 20), "-serial", "stdio",
-            "-kernel", str(kernel), "-initrd", str(initrd), "-append", append]
+            "-m", str(guest.memory >> 20), "-serial", "stdio",
+            "-kernel", str(guest.kernel), *initrd, "-append", guest.append]
 
 
-def await_output(process: subprocess.Popen[bytes], text: bytes, timeout: float) -> None:
+def await_output(process: subprocess.Popen[bytes], text: str, timeout: float) -> None:
     """Read what the process prints until `text` is in it.  Raises CtlError when that does not come."""
     assert process.stdout is not None
     output = process.stdout.fileno()
     deadline = time.monotonic() + timeout
     said = b""
-    while text not in said:
+    while text.encode() not in said:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise CtlError(f"the guest did not print {text.decode()!r} in {timeout:.0f} seconds")
+            raise CtlError(f"the guest did not print {text!r} in {timeout:.0f} seconds")
         data = os.read(output, 65536)
         if not data:
-            raise CtlError(f"the guest ended before it printed {text.decode()!r}")
+            raise CtlError(f"the guest ended before it printed {text!r}")
         said += data

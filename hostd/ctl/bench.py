@@ -87,7 +87,8 @@ def show(report: Report) -> None:
     machine = report.machine
     print_fields([
         ("machine", f"{machine.cpu}, {machine.cores} of {machine.cores_online} cores, "
-                    f"{size(machine.memory_bytes)}, load {machine.load:.2f}"),
+                    f"{size(machine.memory_bytes)}, load {machine.load:.2f}, "
+                    f"{machine.python_loop_ns:.1f} ns for an empty loop in Python"),
         ("software", f"hostd {machine.hostd}, Unicorn {machine.unicorn}, Python {machine.python}, "
                      f"{machine.kernel}"),
         *([("peer", machine.qemu)] if machine.qemu else []),
