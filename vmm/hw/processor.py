@@ -93,7 +93,7 @@ class Processor:
         vmcb = self.guest.vmcb
         vmcb.clear()
         vmcb.intercept_exceptions = 0xFFFF_FFFF
-        vmcb.intercept(*INTERCEPTS, ExitCode.IOIO)
+        vmcb.intercept(*INTERCEPTS, ExitCode.INTR, ExitCode.IOIO)
         vmcb.iopm_base_pa = self.cpu.area.iopm_pa
         vmcb.msrpm_base_pa = self.cpu.area.msrpm_pa
         vmcb.guest_asid = 1

@@ -130,7 +130,10 @@ class Cpu:
         self._stop = uclib["uc_emu_stop"]
         self._stop.argtypes = (_V,)
         self._ctl = uclib["uc_ctl"]
-        self.kicker = Kicker(self.handle)
+        self._cpu_object = place.cpu_object
+        self._exit_block = uclib["cpu_exit"]
+        self._exit_block.argtypes, self._exit_block.restype = (_V,), None
+        self.kicker = Kicker(place.cpu_object, place.interrupt_request)
         # before the engine's memory goes, also at exit: no signal may reach a dead engine
         self._closed = weakref.finalize(self, self.kicker.close)
         self.area.keep(self.q, self.d)
@@ -144,8 +147,6 @@ class Cpu:
         self._failure: BaseException | None = None
         self._snapshot: bytes | None = None
         self._hooks = [self._hook(unicorn_const.UC_HOOK_INTR, _INTR_HOOK(self._on_interrupt))]
-        # SYSCALL comes first: the silicon looks at a stop request after every hook of the list and then leaves
-        # the rest out, so a stop that arrives in just that moment would turn the instruction into a no-op
         for instruction, hook in ((x86_const.UC_X86_INS_SYSCALL, _PLAIN_HOOK(self._on_syscall)),
                                   (x86_const.UC_X86_INS_SYSENTER, _PLAIN_HOOK(self._on_sysenter)),
                                   (x86_const.UC_X86_INS_IN, _IN_HOOK(self._on_in)),
@@ -176,8 +177,9 @@ class Cpu:
         return callback
 
     def stop(self) -> None:
-        """Make the guest leave at the next instruction boundary between blocks (a physical interrupt)."""
-        self._stop(self.handle)
+        """A physical interrupt: the guest leaves with ExitCode.INTR at the next boundary between blocks."""
+        self._interrupt_request.value |= at.INTERRUPT_HARD
+        self._exit_block(self._cpu_object)
 
     def kick_on_readable(self, descriptor: int) -> None:
         """Make input on a socket stop the running guest."""
@@ -212,6 +214,7 @@ class Cpu:
         the guest was not entered.  Raises CpuShutdown, EngineFault, and what a monitor's handler raised.
         """
         self._left = False
+        self._interrupt_request.value &= ~at.INTERRUPT_HARD
         if self.resident is guest:
             error = self._start(self.handle, self.q[at.RIP], 0, 0, 0)
         else:
@@ -296,7 +299,10 @@ class Cpu:
                 self._stop(self.handle)
                 return
             code = number - _EXIT_BASE
-            if code >= 0:
+            if code == ExitCode.INTR:
+                self._interrupt_request.value &= ~at.INTERRUPT_HARD
+                done = False
+            elif code >= 0:
                 if code == ExitCode.VINTR:
                     self._interrupt_request.value &= ~at.INTERRUPT_VIRQ
                 done = self._monitor.intercepted(code)

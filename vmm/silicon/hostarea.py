@@ -15,6 +15,7 @@ from unicorn import Uc, unicorn_const, x86_const
 from vmm.consistency import state_errors
 from vmm.silicon import layout as at
 from vmm.vmcb import IOPM_BYTES, MSRPM_BYTES, SAVE, SaveArea
+from vmm.x86.flags import RFLAGS_IF
 
 PAGE = 4096
 #: machine-physical address of the host's area, above any pool
@@ -92,6 +93,8 @@ class HostArea:
         uc.msr_write(MSR_EFER, _EFER)
         uc.reg_write(x86_const.UC_X86_REG_CR0, _CR0)
         uc.msr_write(MSR_VM_HSAVE_PA, HOST_AREA + _HSAVE)
+        # under V_INTR_MASKING, the host's IF lets physical interrupts end a guest's run (APM vol. 2, 15.21.1)
+        uc.reg_write(x86_const.UC_X86_REG_RFLAGS, RFLAGS_IF)
         uc.reg_write(x86_const.UC_X86_REG_RIP, self.vmrun_stub)
 
     def keep(self, q: memoryview, d: memoryview) -> None:

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Stopping a running CPU from outside: by time, and by input on a descriptor.
 
-A signal whose handler is a few bytes of machine code calls `uc_emu_stop`: it needs no thread, takes no
-interpreter lock, and arrives within microseconds.  A stop that comes while the CPU is just being entered
-would be lost; therefore the timer, once due, repeats every millisecond until it is set again.
+A signal whose handler is a few bytes of machine code raises the CPU's interrupt line, as a device would: it
+needs no thread, takes no interpreter lock, and arrives within microseconds.  The CPU forgets what came before
+it is entered; therefore the timer, once due, repeats every millisecond until it is set again.
+
+`uc_emu_stop`, which is meant for this, is not used: once its flag is up, the OUT, SYSCALL and SYSENTER that
+are still ahead in the same block pass as no-ops, since Unicorn does not call their hooks any more.
 
 One real-time signal a CPU; a process can have as many CPUs as it has such signals (about thirty).
 """
@@ -19,6 +22,8 @@ import struct
 import time
 
 from unicorn.unicorn_py3.unicorn import uclib
+
+from vmm.silicon.layout import INTERRUPT_HARD
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SA_RESTART = 0x1000_0000
@@ -41,15 +46,21 @@ def _check(result: int, what: str) -> None:
 
 
 class Kicker:
-    """Stops the engine `handle` at a time or when a descriptor becomes readable."""
+    """Interrupts a CPU at a time or when a descriptor becomes readable.
 
-    def __init__(self, handle: int) -> None:
+    `cpu_object` and `interrupt_request` are addresses inside the engine (vmm.silicon.layout).
+    """
+
+    def __init__(self, cpu_object: int, interrupt_request: int) -> None:
         if not _free_signals:
             raise OSError("no real-time signal is left for another CPU in this process")
         self.signal = _free_signals.pop()
-        stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0
-        # mov rdi, handle; mov rax, uc_emu_stop; jmp rax
-        code = b"\x48\xbf" + struct.pack("<Q", handle) + b"\x48\xb8" + struct.pack("<Q", stop) + b"\xff\xe0"
+        leave = ctypes.cast(uclib.cpu_exit, ctypes.c_void_p).value or 0
+        code = b"".join((
+            b"\x48\xb8", struct.pack("<Q", interrupt_request),          # mov rax, interrupt_request
+            b"\xf0\x83\x08", bytes([INTERRUPT_HARD]),                   # lock or dword [rax], INTERRUPT_HARD
+            b"\x48\xbf", struct.pack("<Q", cpu_object),                 # mov rdi, cpu_object
+            b"\x48\xb8", struct.pack("<Q", leave), b"\xff\xe0"))       # mov rax, cpu_exit; jmp rax
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._code.write(code)
         entry = ctypes.addressof(ctypes.c_char.from_buffer(self._code))

@@ -12,7 +12,7 @@ The offsets:
     registers           at fixed places in env, verified by magic values in every group
     no_exit_request     the byte that keeps Unicorn from stopping in mid-instruction: an asynchronous stop
                         otherwise repeats a half-done read-modify-write (race, measured)
-    interrupt_request   QEMU's pending-interrupt word, for the exact interrupt window (V_IRQ)
+    interrupt_request   QEMU's pending-interrupt word, for the exact interrupt window (V_IRQ), and for stops
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ HF_GUEST = 1 << 21
 HF_INHIBIT_IRQ = 1 << 3
 #: where QEMU's CPUState has `interrupt_request`, in bytes; verified by the self-test
 INTERRUPT_REQUEST_AT = 28
-#: QEMU's CPU_INTERRUPT_VIRQ
+#: QEMU's CPU_INTERRUPT_HARD, the physical interrupt line, and CPU_INTERRUPT_VIRQ
+INTERRUPT_HARD = 0x2
 INTERRUPT_VIRQ = 0x100
 
 

@@ -130,7 +130,7 @@ class _Bench:
         page = self.view[(_VMCB + index) * PAGE:(_VMCB + index + 1) * PAGE]
         guest = Guest(self.address(_VMCB + index), page, self.recorder, self.cpu.host_image)
         vmcb = guest.vmcb
-        vmcb.intercept(ExitCode.VMRUN, ExitCode.VMMCALL, ExitCode.VINTR, ExitCode.MSR)
+        vmcb.intercept(ExitCode.VMRUN, ExitCode.VMMCALL, ExitCode.INTR, ExitCode.VINTR, ExitCode.MSR)
         vmcb.intercept_exceptions = 0xFFFF_FFFF
         vmcb.iopm_base_pa, vmcb.msrpm_base_pa = self.cpu.area.iopm_pa, self.cpu.area.msrpm_pa
         vmcb.guest_asid = vmcb.np_enable = vmcb.v_intr_masking = vmcb.v_ign_tpr = 1
