@@ -192,6 +192,16 @@ def test_without_fifos_one_byte_waits(rig: Rig) -> None:
     assert bytes(rig.inb(DATA) for _ in range(3)) == b"abc"
 
 
+def test_a_handler_that_takes_one_byte_per_interrupt_gets_all(rig: Rig) -> None:
+    rig.outb(FCR, 0)
+    rig.outb(IER, 1)
+    rig.board.uart.feed(b"abc")
+    got = b""
+    while serve(rig) is not None:
+        got += bytes([rig.inb(DATA)])
+    assert got == b"abc"
+
+
 @given(st.lists(st.one_of(st.tuples(st.integers(0, 7), st.integers(0, 255)),
                           st.tuples(st.just(-1), st.integers(0, 3)),
                           st.tuples(st.just(-2), st.integers(0, 40)))))

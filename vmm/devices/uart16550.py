@@ -177,6 +177,10 @@ class Uart16550(Saved):
         if not self.fifo:
             return 0
         value = self.fifo.pop(0)
+        if not self.fifo:
+            # The line falls until the next byte comes in, which makes an edge even if that one waits already:
+            # a handler may take one byte per interrupt.
+            self._update()
         self._receive()
         return value
 
