@@ -138,7 +138,8 @@ class Fleet:
                 found.append(f"{vm.name}: is {vm.state} after {vm.boots} boots: {vm.reason or 'no reason'}")
             elif witness.rounds <= self._half.get(vm.name, 0):
                 found.append(f"{vm.name}: did not get beyond round {witness.rounds} in the second half")
-        return found[:_MOST_TOLD] + ([f"and {len(found) - _MOST_TOLD} more"] if len(found) > _MOST_TOLD else [])
+        excess = len(found) - _MOST_TOLD
+        return [*found[:_MOST_TOLD], f"and {excess} findings more"] if excess > 0 else found
 
     def end(self) -> list[str]:
         """Destroy them and the template; what they did not give back, as sentences."""

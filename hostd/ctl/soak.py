@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`hostctl soak`: a private daemon with many Linux guests at mixed work, watched for anything that goes wrong."""
+"""`hostctl soak`: a private daemon with many Linux guests at mixed work, watched for whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ def soak_command(session: Session, guests: int, seconds: float) -> None:
 
 
 def _show(verdict: Verdict) -> None:
-    daemon, workers = verdict.daemon_bytes, verdict.workers_bytes
+    daemon, workers = [f"{size(first)} to {size(last)}" for first, last in
+                       (verdict.daemon_bytes, verdict.workers_bytes)]
     print_fields([
         ("guests", verdict.guests),
         ("time", f"{verdict.seconds:.0f}s"),
         ("rounds of work", f"{verdict.rounds} ({verdict.rounds_least} to {verdict.rounds_most} a guest)"),
-        ("daemon, without guests' memory", f"{size(daemon[0])} to {size(daemon[1])} ({verdict.daemon_growth:+.1%})"),
-        ("workers, without guests' memory", f"{size(workers[0])} to {size(workers[1])}"),
+        ("daemon, without guests' memory", f"{daemon} ({verdict.daemon_growth:+.1%})"),
+        ("workers, without guests' memory", workers),
         ("memory per guest, all in (PSS)", size(verdict.bytes_per_guest)),
         ("CPUs in use", f"{verdict.cpus:.2f}"),
         ("verdict", "failed" if verdict.failures else "all well"),
