@@ -80,10 +80,10 @@ def new_guest(rig: Rig, setup: m.Setup) -> tuple[Guest, Leaver, VmBlock]:
 
 
 def control(vmcb: Vmcb, cpu: Cpu, block: VmBlock) -> None:
-    vmcb.intercept(ExitCode.VMRUN, ExitCode.VMMCALL, ExitCode.HLT)
+    vmcb.intercept(ExitCode.VMRUN, ExitCode.VMMCALL, ExitCode.HLT, ExitCode.INTR)
     vmcb.intercept_exceptions = 0xFFFF_FFFF
     vmcb.iopm_base_pa, vmcb.msrpm_base_pa = cpu.area.iopm_pa, cpu.area.msrpm_pa
-    vmcb.guest_asid = vmcb.np_enable = 1
+    vmcb.guest_asid = vmcb.np_enable = vmcb.v_intr_masking = 1
     vmcb.n_cr3 = block.p2m.root
 
 
