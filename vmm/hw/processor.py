@@ -22,6 +22,7 @@ from vmm.hw.delivery import Delivery, TripleFault, Unsupported
 from vmm.hw.exits import decode
 from vmm.hw.handlers import HANDLERS, INTERCEPTS
 from vmm.hw.linear import Linear
+from vmm.hw.ports import port_handlers
 from vmm.hw.syscalls import syscall, sysenter
 from vmm.memory.block import VmBlock
 from vmm.memory.errors import BadAddress, OutOfFrames
@@ -41,7 +42,6 @@ from vmm.x86.flags import CR0_PE, RFLAGS_IF, RFLAGS_VM
 _NEVER = 1 << 63
 _PREFIXES = frozenset({0xF0, 0x66, 0x67, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0xF2, 0xF3})
 _SWINT = int(ExitCode.SWINT)
-_IOIO = int(ExitCode.IOIO)
 
 
 class Processor:
@@ -86,7 +86,7 @@ class Processor:
         self._control()
         self._load(state)
         board.interrupts.on_output = self._output_rose
-        self._read_port, self._write_port = board.ports.read, board.ports.write
+        self.port_in, self.port_out = port_handlers(self, block.exit_stats)
 
     def _control(self) -> None:
         """The VMCB's control area (APM vol. 2, table B-1)."""
@@ -136,6 +136,7 @@ class Processor:
                 now = time.monotonic_ns()
                 if timers.next <= now - base:
                     timers.run(now - base)
+                    cpu.forget_stop()
                 if interrupts.nmi_pending and not self.nmi_masked:
                     self._take_nmi()
                 if self.halted:
@@ -146,6 +147,7 @@ class Processor:
                     return Stop(StopReason.SLICE)
                 if self.verdict is not None:
                     return self._leave()
+                cpu.size_tlb(now)
                 self._ask_window()
                 self._armed = min(deadline_ns, base + timers.next)
                 cpu.kicker.at(self._armed)
@@ -205,7 +207,7 @@ class Processor:
             self._rose = True
             self.cpu.stop()
 
-    def _rearm(self) -> None:
+    def rearm(self) -> None:
         """After a device access: a timer may now be due before the CPU would be stopped."""
         when = self.board.timers.next + self.clock.base_ns
         if when < self._armed:
@@ -305,28 +307,7 @@ class Processor:
         """SYSENTER: the silicon leaves its semantics to us."""
         sysenter(self)
 
-    def port_in(self, port: int, size: int) -> int:
-        """IN and INS."""
-        started = time.perf_counter_ns()
-        if self.q[at.RFLAGS] & RFLAGS_VM or self.d[at.HFLAGS] & 3:
-            self._check_port(port, size)
-        self._counts[_IOIO] += 1
-        value = self._read_port(port, size)
-        self._times[_IOIO] += time.perf_counter_ns() - started
-        return value
-
-    def port_out(self, port: int, size: int, value: int) -> None:
-        """OUT and OUTS."""
-        started = time.perf_counter_ns()
-        if self.q[at.RFLAGS] & RFLAGS_VM or self.d[at.HFLAGS] & 3:
-            self._check_port(port, size)
-        self._counts[_IOIO] += 1
-        self._write_port(port, size, value)
-        if self.board.timers.next + self.clock.base_ns < self._armed:
-            self._rearm()
-        self._times[_IOIO] += time.perf_counter_ns() - started
-
-    def _check_port(self, port: int, size: int) -> None:
+    def check_port(self, port: int, size: int) -> None:
         """IOPL and the task's I/O permission map (APM vol. 2, 12.2.4); the silicon checks neither."""
         flags = self.q[at.RFLAGS]
         if not self.q[at.CR] & CR0_PE:
@@ -356,7 +337,7 @@ class Processor:
     def mmio_write(self, gpa: int, size: int, value: int) -> None:
         """A write to a device page."""
         self.board.mmio.write(gpa, size, value)
-        self._rearm()
+        self.rearm()
 
     # -- for the handlers ----------------------------------------------------------------------------------
 
@@ -391,7 +372,7 @@ class Processor:
         """WRMSR.  Raises GuestFault."""
         entry = msr.check_write(number, value)
         _WRITERS[entry.kind](self, number, value)
-        self._rearm()
+        self.rearm()
 
     def _read_silicon(self, number: int, _entry: msr.Msr) -> int:
         if number == msr.EFER:

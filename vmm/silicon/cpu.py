@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, UcError, unicorn_const, x86_const
@@ -50,6 +51,7 @@ _PLAIN_HOOK = ctypes.CFUNCTYPE(None, _V, _V)
 _MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, _V, ctypes.c_uint64, ctypes.c_uint, _V)
 _MMIO_WRITE = ctypes.CFUNCTYPE(None, _V, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, _V)
 
+_TLB_SIZING_NS = 20_000_000
 #: an intercept arrives as an interrupt of this number plus its exit code
 _EXIT_BASE = 0x100
 VMEXIT_INVALID = ExitCode.INVALID & (1 << 64) - 1
@@ -87,8 +89,10 @@ class Monitor(Protocol):
     def software_interrupt(self, vector: int) -> bool: ...
     def syscall(self) -> None: ...
     def sysenter(self) -> None: ...
-    def port_in(self, port: int, size: int) -> int: ...
-    def port_out(self, port: int, size: int, value: int) -> None: ...
+    @property
+    def port_in(self) -> Callable[[int, int], int]: ...
+    @property
+    def port_out(self) -> Callable[[int, int, int], None]: ...
     def mmio_read(self, gpa: int, size: int) -> int: ...
     def mmio_write(self, gpa: int, size: int, value: int) -> None: ...
     def aborted(self) -> bool: ...
@@ -125,6 +129,8 @@ class Cpu:
         self.uc.mem_map_ptr(0, pool.size, unicorn_const.UC_PROT_ALL, pool.base)
         self.area = HostArea(self.uc)
         self.area.enter(self.uc)
+        # the host takes no interrupts itself (APM vol. 2, 15.17); `vmrun` sets GIF
+        self.d[at.HFLAGS2] &= ~at.HF2_GIF
         self._start = uclib["uc_emu_start"]
         self._start.argtypes = (_V, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t)
         self._stop = uclib["uc_emu_stop"]
@@ -142,6 +148,7 @@ class Cpu:
         self.resident: Guest | None = None
         #: world switches into a guest, since the CPU was made
         self.switches = 0
+        self._tlb_due = 0
         self._exit = 0
         self._left = False
         self._failure: BaseException | None = None
@@ -181,6 +188,10 @@ class Cpu:
         self._interrupt_request.value |= at.INTERRUPT_HARD
         self._exit_block(self._cpu_object)
 
+    def forget_stop(self) -> None:
+        """What a stop was for has been seen to; if it is still to come, it need not."""
+        self._interrupt_request.value &= ~at.INTERRUPT_HARD
+
     def kick_on_readable(self, descriptor: int) -> None:
         """Make input on a socket stop the running guest."""
         self.kicker.on_readable(descriptor)
@@ -192,6 +203,16 @@ class Cpu:
     def flush_tlb(self) -> None:
         """Forget all address translations (about 1 us); the guest may be resident."""
         self._ctl(_V(self.handle), ctypes.c_int(_TLB_FLUSH))
+
+    def size_tlb(self, now_ns: int) -> None:
+        """Let the TLB grow to what the guest uses, or shrink: the silicon resizes it when it is flushed only.
+
+        World switches flush; a guest that has the CPU for itself would keep the smallest TLB for ever, and
+        walk two sets of page tables at every miss.  To be called now and then; flushes a few times a second.
+        """
+        if now_ns >= self._tlb_due:
+            self._tlb_due = now_ns + _TLB_SIZING_NS
+            self.flush_tlb()
 
     def invalidate(self, first: int, count: int) -> None:
         """Frames whose bytes were changed from outside the CPU: forget what was translated from them."""
@@ -214,7 +235,6 @@ class Cpu:
         the guest was not entered.  Raises CpuShutdown, EngineFault, and what a monitor's handler raised.
         """
         self._left = False
-        self._interrupt_request.value &= ~at.INTERRUPT_HARD
         if self.resident is guest:
             error = self._start(self.handle, self.q[at.RIP], 0, 0, 0)
         else:
@@ -247,7 +267,8 @@ class Cpu:
         if guest.vmcb.interrupt_shadow:
             d[at.HFLAGS] |= at.HF_INHIBIT_IRQ       # `vmrun` leaves it alone
         self.resident = guest
-        self._monitor = guest.monitor
+        self._monitor = monitor = guest.monitor
+        self._port_in, self._port_out = monitor.port_in, monitor.port_out
         self.switches += 1
         error = self._start(self.handle, q[at.RIP], 0, 0, 0)
         # a stop can land before `vmrun` itself: the host's state must not be taken for the guest's
@@ -288,6 +309,8 @@ class Cpu:
     # -- what the silicon calls --------------------------------------------------------------------
 
     _monitor: Monitor
+    _port_in: Callable[[int, int], int]
+    _port_out: Callable[[int, int, int], None]
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
@@ -300,7 +323,7 @@ class Cpu:
                 return
             code = number - _EXIT_BASE
             if code == ExitCode.INTR:
-                self._interrupt_request.value &= ~at.INTERRUPT_HARD
+                self.forget_stop()
                 done = False
             elif code >= 0:
                 if code == ExitCode.VINTR:
@@ -325,9 +348,8 @@ class Cpu:
 
     def _on_in(self, _engine: int, port: int, size: int, _data: int) -> int:
         try:
-            if self._snapshot is not None:
-                return 0
-            return self._monitor.port_in(port, size)
+            if self._snapshot is None:
+                return self._port_in(port, size)
         except InstructionAborted:
             self._abort()
         except BaseException as failure:
@@ -337,7 +359,7 @@ class Cpu:
     def _on_out(self, _engine: int, port: int, size: int, value: int, _data: int) -> None:
         try:
             if self._snapshot is None:
-                self._monitor.port_out(port, size, value)
+                self._port_out(port, size, value)
         except InstructionAborted:
             self._abort()
         except BaseException as failure:
