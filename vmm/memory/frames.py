@@ -92,7 +92,7 @@ class FrameAllocator:
         self._owner[0] = OVERHEAD   # frame 0 stays empty: a zero entry never names memory
         self._extents: list[Extent] = [(1, pool.frames - 1)]
 
-    # -- taking -----------------------------------------------------------------------------------------
+    # -- taking ------------------------------------------------------------------------------------
 
     def free_frames(self) -> int:
         """How many frames nobody has."""
@@ -160,7 +160,7 @@ class FrameAllocator:
         """`count` zeroed frames on loan to `borrower` (0..30000).  Raises OutOfFrames."""
         return self._take(count, LOAN + borrower)
 
-    # -- guests' pages ------------------------------------------------------------------------------------
+    # -- guests' pages -----------------------------------------------------------------------------
 
     @staticmethod
     def split(leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -198,9 +198,9 @@ class FrameAllocator:
     def reclaim(self, borrower: int, leaves: Iterable[np.ndarray]) -> int:
         """A borrower is gone and its guests are freed: what it had in stock is free again.
 
-        `leaves` are the P2M arrays of all guests that exist (a guest that moved took its frames along).  Share
-        counts stay: what other borrowers have dropped may still be on its way here, and would be dropped twice.
-        Returns the number of frames that came back.
+        `leaves` are the P2M arrays of all guests that exist (a guest that moved took its frames along).
+        Share counts stay: what other borrowers have dropped may still be on its way here, and would be
+        dropped twice.  Returns the number of frames that came back.
         """
         stock = self._owner == LOAN + borrower
         stock &= self._refs == 0
@@ -220,7 +220,7 @@ class FrameAllocator:
         for run in np.split(frames, breaks):
             self.pool.release(int(run[0]), len(run))
 
-    # -- the books ------------------------------------------------------------------------------------------
+    # -- the books ---------------------------------------------------------------------------------
 
     def count(self, leaves: Iterable[np.ndarray]) -> FrameCount:
         """Every frame's state, read from the ledger and the P2M arrays of all guests."""
