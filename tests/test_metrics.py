@@ -142,7 +142,8 @@ def test_exit_codes_have_the_expected_reasons() -> None:
     expected = {
         ExitCode.NPF: "nested_page_fault", ExitCode.EXCP_PF: "page_fault", ExitCode.EXCP_GP: "exception",
         ExitCode.CR0_READ: "control_register", ExitCode.CR15_WRITE: "control_register",
-        ExitCode.DR7_WRITE: "debug_register", ExitCode.VMMCALL: "hypercall", -1: "invalid", 0x999: "other",
+        ExitCode.DR7_WRITE: "debug_register", ExitCode.SWINT: "software_interrupt",
+        ExitCode.WBINVD: "cache_control", ExitCode.VMMCALL: "hypercall", -1: "invalid", 0x999: "other",
     }
     assert {code: reason_of(code) for code in expected} == expected
 

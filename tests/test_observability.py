@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The dashboard and the alerts, asked of a real Prometheus that scrapes a host: no answer may be empty."""
+"""The dashboard and the alerts, asked of a real Prometheus that scrapes a daemon with guests at work: no
+answer may be empty."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,10 @@ import httpx
 import pytest
 import trio
 import yaml
-from hypercorn.config import Config
-from hypercorn.trio import serve
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from hostd.lifecycle import State
-from hostd.metrics import make_metrics_app
-from tests.fleet import Fleet
+from tests.private_daemon import PrivateDaemon
 from tests.tools import needs
+from vmm import guests
 
 ETC = Path(__file__).parent.parent / "etc"
 PROMETHEUS = ETC / "prometheus" / "prometheus.yml"
@@ -37,46 +34,13 @@ RULES: list[dict[str, Any]] = [rule for group in yaml.safe_load(ALERTS.read_text
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "5s", "$instance": ".*", "$name": ".*"}
 #: the threshold that ends every alert's expression
 THRESHOLD = re.compile(r"\s*(==|!=|<=?|>=?)\s*[0-9.]+\s*\Z")
-#: so many scrapes make a rate of every counter
-SCRAPES = 4
-
-
-class CountedApp:
-    """The metrics, and word of how often they were fetched; the fleet lives on between two scrapes."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._app: ASGIApp = make_metrics_app(fleet.as_host())
-        self._left = SCRAPES
-        self.fetched = trio.Event()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            # The scraper asks again only when it has stored the last answer.
-            if self._left == 0:
-                self.fetched.set()
-            self._left -= 1
-            self._fleet.live(0.2)
-        await self._app(scope, receive, send)
-
-
-@asynccontextmanager
-async def served(app: ASGIApp) -> AsyncIterator[str]:
-    """The application on a free loopback port, as the daemon serves it; the value is host:port."""
-    config = Config()
-    config.bind = ["127.0.0.1:0"]
-    config.graceful_timeout = 0
-    config.accesslog = config.errorlog = None
-    async with trio.open_nursery() as nursery:
-        urls = await nursery.start(partial(serve, app, config, mode="asgi"))
-        yield httpx.URL(urls[0]).netloc.decode()
-        nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager
 async def prometheus(target: str, directory: Path) -> AsyncIterator[str]:
     """A real Prometheus with the project's configuration, hastily scraping `target`; the value is its URL."""
-    text = PROMETHEUS.read_text().replace("127.0.0.1:9177", target).replace(": 5s", ": 200ms")
+    text = PROMETHEUS.read_text().replace("127.0.0.1:9177", target)
+    text = re.sub(r"(?<=_interval: )\d+s", "200ms", text)
     (directory / "prometheus.yml").write_text(text)
     (directory / "alerts.yml").write_text(ALERTS.read_text())
     command = ["prometheus", f"--config.file={directory}/prometheus.yml",
@@ -117,42 +81,66 @@ def substituted(expression: str) -> str:
     return expression
 
 
+def start_guests(daemon: PrivateDaemon) -> None:
+    """Guests that compute, that sleep, that switch tasks, that share memory, and one that crashed."""
+    for name, kernel, append in (("busy", "primes", "loop"), ("busier", "primes", "loop"),
+                                 ("idle", "idle", ""), ("mixed", "mix", "rounds=0"),
+                                 ("broken", "triple", "")):
+        daemon.create(name, guests.read(kernel), append=append, start=True)
+    daemon.wait("idle", console="idle: tick")
+    daemon.do("idle", "clone", names=["twin"], start=True)
+    daemon.wait("broken", state="crashed")
+
+
 @pytest.mark.slow
 @needs("prometheus")
-async def test_every_panel_and_every_alert_has_data(tmp_path: Path) -> None:
-    fleet = Fleet("web", "db", "cache")
-    fleet.add("broken", State.CRASHED)
-    app = CountedApp(fleet)
-    with trio.fail_after(60):
-        async with served(app) as target, prometheus(target, tmp_path) as url:
-            await app.fetched.wait()
-            async with httpx.AsyncClient(base_url=url) as client:
-                for panel in PANELS:
-                    for sought in panel["targets"]:
-                        result = await query(client, substituted(sought["expr"]))
-                        _check_result(panel["title"], sought, result)
-                for rule in RULES:
-                    measured, found = THRESHOLD.subn("", rule["expr"])
-                    assert found == 1, f"{rule['alert']} does not end with a threshold"
-                    assert await query(client, measured), f"{rule['alert']} measures nothing"
-                    await query(client, rule["expr"])
-                for variable in DASHBOARD["templating"]["list"]:
-                    values = re.fullmatch(r"label_values\((.*), (\w+)\)", variable.get("definition", ""))
-                    if values:
-                        series = await query(client, substituted(values[1]))
-                        assert all(values[2] in one["metric"] for one in series) and series
-                targets = (await client.get("/api/v1/targets")).json()["data"]["activeTargets"]
-                assert [(one["labels"]["job"], one["health"]) for one in targets] == [("hostd", "up")]
-                loaded = (await client.get("/api/v1/rules")).json()["data"]["groups"]
-                assert {rule["name"] for group in loaded for rule in group["rules"]} == {
-                    rule["alert"] for rule in RULES}
+async def test_every_panel_and_every_alert_has_data(start_daemon: Callable[..., PrivateDaemon],
+                                                    tmp_path: Path) -> None:
+    daemon = start_daemon()
+    target = httpx.URL(daemon.get("/host")["metrics"]).netloc.decode()
+    async with prometheus(target, tmp_path) as url, httpx.AsyncClient(base_url=url) as client:
+        start_guests(daemon)
+        lacking = ["all"]
+        with trio.move_on_after(20):
+            while lacking:                          # a rate wants two scrapes, and something between them
+                lacking = [what async for what in _lacking(client)]
+        assert lacking == []
+        targets = (await client.get("/api/v1/targets")).json()["data"]["activeTargets"]
+        assert [(one["labels"]["job"], one["health"]) for one in targets] == [("hostd", "up")]
+        other = await query(client, 'hostd_vm_exits_total{reason="other"}')
+        assert other == [], "guests exit for reasons that have no name"
+        assert daemon.client.delete("/vms/mixed", params={"force": "true"}).is_success
+        with trio.fail_after(20):
+            while await query(client, 'hostd_vm_info{name="mixed"}'):
+                await trio.sleep(0.1)
 
 
-def _check_result(title: str, sought: dict[str, Any], result: list[Any]) -> None:
-    assert result, f"panel {title!r} shows nothing for {sought['expr']}"
-    assert any(one["value"][1] != "NaN" for one in result), f"panel {title!r} has no number: {sought['expr']}"
-    for label in re.findall(r"{{(\w+)}}", sought.get("legendFormat", "")):
-        assert all(label in one["metric"] for one in result), f"panel {title!r}: no label {label}"
+async def _lacking(client: httpx.AsyncClient) -> AsyncIterator[str]:
+    """What has no data yet: panels, alerts, variables."""
+    for panel in PANELS:
+        for sought in panel["targets"]:
+            result = await query(client, substituted(sought["expr"]))
+            if all(one["value"][1] == "NaN" for one in result):
+                yield f"panel {panel['title']!r} shows nothing for {sought['expr']}"
+            for label in re.findall(r"{{(\w+)}}", sought.get("legendFormat", "")):
+                assert all(label in one["metric"] for one in result), f"panel {panel['title']!r}: no {label}"
+    for rule in RULES:
+        measured, found = THRESHOLD.subn("", rule["expr"])
+        assert found == 1, f"{rule['alert']} does not end with a threshold"
+        if not await query(client, measured):
+            yield f"alert {rule['alert']} measures nothing"
+        await query(client, rule["expr"])
+    loaded = (await client.get("/api/v1/rules")).json()["data"]["groups"]
+    health = {rule["name"]: rule["health"] for group in loaded for rule in group["rules"]}
+    for rule in RULES:
+        if health[rule["alert"]] != "ok":
+            yield f"Prometheus finds the alert {rule['alert']} {health[rule['alert']]}"
+    for variable in DASHBOARD["templating"]["list"]:
+        values = re.fullmatch(r"label_values\((.*), (\w+)\)", variable.get("definition", ""))
+        if values:
+            series = await query(client, substituted(values[1]))
+            if not any(values[2] in one["metric"] for one in series):
+                yield f"variable {variable['name']} has no values"
 
 
 @needs("promtool")
