@@ -49,11 +49,18 @@ class Refusing:
         return len(self._frames)
 
 
+def quiet(cpu: Cpu) -> None:
+    """No stop that was meant for who ran before."""
+    cpu.rest()
+    cpu.forget_stop()
+
+
 class Machine(VirtualMachine):
     """A machine that keeps what it prints, and whose memory tests can see."""
 
     def __init__(self, cpu: Cpu, block: VmBlock, frames: FrameSource, state: MachineState, khz: int) -> None:
         self.printed = bytearray()
+        quiet(cpu)
         super().__init__(cpu, block, frames, state, self.printed.extend, khz)
         self.memory = GuestMemory(block.p2m, frames)
 
@@ -118,6 +125,7 @@ class Rig:
 
     def clear(self) -> None:
         self.cpu.evict()
+        quiet(self.cpu)
         wrong = self.check()
         for block in self.blocks:
             free_block(self.allocator, block)
