@@ -72,7 +72,7 @@ class Verifier:
             raise Rejected("unit outside the arena")
         before, index = self._neighbours(address, len(code))
         unit = Unit(code)
-        starts = self._scan(unit)
+        starts = self.scan(unit)
         if unit.ended != len(code) and address + len(code) not in self.entries:
             raise Rejected("runs over its end", len(code))
         for site, target in unit.jumps:
@@ -102,7 +102,7 @@ class Verifier:
             raise Rejected("over another unit")
         return before, index
 
-    def _scan(self, unit: Unit) -> set[int]:
+    def scan(self, unit: Unit) -> set[int]:
         """Go over all instructions; where they begin."""
         code, first = unit.code, self._root
         at, end = 0, len(unit.code)
