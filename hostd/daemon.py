@@ -40,6 +40,9 @@ DRAIN_S = 1.0
 #: the largest WebSocket message, that is, piece of console input
 MAX_WEBSOCKET_MESSAGE = 1 << 20
 
+#: how old the status may be that the service manager shows
+STATUS_S = 2.0
+
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -122,7 +125,8 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                         module = await trio.to_thread.run_sync(import_module, "hostd.metrics")
                         await servers.start(_serve, module.make_metrics_app(host), metrics, closing)
                     servers.start_soon(_watch, host, notifier)
-                    notifier.ready("ready")
+                    notifier.ready(host.summary())
+                    servers.start_soon(_tell_status, host, notifier)
                     log.info("ready", extra={"socket": str(config.socket), "metrics": host.metrics_url})
                     await _obey(signals, host, configure, notifier)
                     notifier.stopping("stopping guests")
@@ -168,7 +172,7 @@ async def _obey(signals: AsyncIterator[int], host: Host, configure: Callable[[],
             logs.configure(config.log.level, config.log.format)
             host.reload(config)
             log.info("configuration reloaded")
-        notifier.ready("ready")
+        notifier.ready(host.summary())
 
 
 async def _shut_down(signals: AsyncIterator[int], host: Host) -> None:
@@ -183,6 +187,17 @@ async def _shut_down(signals: AsyncIterator[int], host: Host) -> None:
         nursery.start_soon(lose_patience)
         await host.shut_down()
         nursery.cancel_scope.cancel()
+
+
+async def _tell_status(host: Host, notifier: Notifier) -> None:
+    """Keep what `systemctl status` shows up to date."""
+    told = host.summary()
+    while True:
+        await trio.sleep(STATUS_S)
+        summary = host.summary()
+        if summary != told:
+            notifier.status(summary)
+            told = summary
 
 
 async def _watch(host: Host, notifier: Notifier) -> None:

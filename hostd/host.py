@@ -172,6 +172,12 @@ class Host:
         counts = Counter(vm.state for vm in self._guests.vms.values())
         return {state: counts[state] for state in State}
 
+    def summary(self) -> str:
+        """The host in a few words."""
+        ready = len(self._workers.ready)
+        return (f"{self.vm_counts()[State.RUNNING]} of {len(self._guests.vms)} guests running, "
+                f"{ready} of {len(self._workers.all)} workers ready")
+
     def workers(self) -> list[WorkerView]:
         held = Counter(vm.worker for vm in self._guests.vms.values())
         return [worker.view(held[worker]) for worker in self._workers.all]

@@ -180,6 +180,40 @@ def test_the_manager_hears_ready_reloading_and_stopping(start_daemon: Start, tmp
     assert manager.hear_until("STOPPING")["STOPPING"] == "1"
 
 
+def test_a_life_as_the_manager_sees_it(start_daemon: Start, tmp_path: Path) -> None:
+    """Socket activation, the watchdog and all signals at once, and everything it says in order."""
+    manager = Manager(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "hostd.sock"))
+        listener.listen()
+        daemon = start_daemon(activate=listener.fileno(),
+                              env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "200000"})
+        daemon.worker_pids()
+        said = [manager.hear_until("READY")]
+        for _ in range(2):
+            said.append(manager.hear_until("WATCHDOG"))
+        daemon.process.send_signal(signal.SIGHUP)
+        said.append(manager.hear_until("RELOADING"))
+        said.append(manager.hear_until("READY"))
+        said.append(manager.hear_until("WATCHDOG"))
+        assert daemon.get("/version")
+        daemon.process.send_signal(signal.SIGTERM)
+        said.append(manager.hear_until("STOPPING"))
+        assert daemon.process.wait(SOON) == 0
+    assert [next(iter(words)) for words in said] == [
+        "READY", "WATCHDOG", "WATCHDOG", "RELOADING", "READY", "WATCHDOG", "STOPPING"]
+    assert said[4]["STATUS"] == "0 of 0 guests running, 2 of 2 workers ready"
+    assert said[6]["STATUS"] == "stopping guests"
+
+
+def test_the_status_follows_the_guests(start_daemon: Start, tmp_path: Path, kernel: bytes) -> None:
+    manager = Manager(tmp_path)
+    daemon = start_daemon(env={"NOTIFY_SOCKET": manager.path})
+    daemon.create("web", kernel, start=True)
+    while "1 of 1 guests running" not in manager.hear_until("STATUS")["STATUS"]:
+        pass
+
+
 def test_the_watchdog_is_fed(start_daemon: Start, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     start_daemon(env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "100000"})
