@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from hostd import __version__
 from hostd.api.call import Call
 from hostd.api.schema import API_VERSION, VersionView
 from hostd.console import Console
@@ -24,7 +25,7 @@ MAX_INPUT = 64 << 10
 
 
 async def version(host: Host, call: Call) -> VersionView:
-    return VersionView(name="hostd", version=host.host_view().version, api=API_VERSION)
+    return VersionView(name="hostd", version=__version__, api=API_VERSION)
 
 
 async def host_view(host: Host, call: Call) -> HostView:

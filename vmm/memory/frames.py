@@ -91,12 +91,14 @@ class FrameAllocator:
         self._refs = np.zeros(pool.frames, dtype=np.uint32)
         self._owner[0] = OVERHEAD   # frame 0 stays empty: a zero entry never names memory
         self._extents: list[Extent] = [(1, pool.frames - 1)]
+        # how many frames of `_owner` are FREE and OVERHEAD: a pool has millions, too many to count each time
+        self._free, self._overhead = pool.frames - 1, 1
 
     # -- taking ------------------------------------------------------------------------------------
 
     def free_frames(self) -> int:
         """How many frames nobody has."""
-        return int(np.count_nonzero(self._owner == FREE))
+        return self._free
 
     def _rescan(self) -> None:
         free = np.flatnonzero(self._owner == FREE)
@@ -133,6 +135,7 @@ class FrameAllocator:
                 self._owner[first:first + use] = FREE
             self._rescan()
             raise OutOfFrames(f"{count} frames wanted, only {count - want} of {self.pool.frames} are free")
+        self._free -= count
         return taken
 
     def alloc_run(self, count: int) -> int:
@@ -146,6 +149,8 @@ class FrameAllocator:
                     else:
                         self._extents[index] = (first + count, have - count)
                     self._owner[first:first + count] = OVERHEAD
+                    self._free -= count
+                    self._overhead += count
                     return first
             if attempt == 0:
                 self._rescan()
@@ -154,6 +159,8 @@ class FrameAllocator:
     def free_run(self, first: int, count: int) -> None:
         """Give overhead back."""
         self._owner[first:first + count] = FREE
+        self._free += count
+        self._overhead -= count
         self.pool.release(first, count)
 
     def lend(self, borrower: int, count: int) -> list[Extent]:
@@ -215,6 +222,7 @@ class FrameAllocator:
         if not len(frames):
             return
         self._owner[frames] = FREE
+        self._free += len(frames)
         frames = np.sort(frames)
         breaks = np.flatnonzero(np.diff(frames) != 1) + 1
         for run in np.split(frames, breaks):
@@ -223,24 +231,24 @@ class FrameAllocator:
     # -- the books ---------------------------------------------------------------------------------
 
     def count(self, leaves: Iterable[np.ndarray]) -> FrameCount:
-        """Every frame's state, read from the ledger and the P2M arrays of all guests."""
-        private_frames = np.zeros(self.pool.frames, dtype=bool)
+        """Frames by state, from the ledger and the P2M arrays of all guests; what no guest has is on loan."""
+        private_frames = 0
         shared_frames = np.zeros(self.pool.frames, dtype=bool)
         for leaf in leaves:
             private, shared = self.split(leaf)
-            private_frames[private] = True
+            private_frames += len(private)
             shared_frames[shared] = True
-        guest = private_frames | shared_frames
-        return FrameCount(
-            free=int(np.count_nonzero(self._owner == FREE)),
-            overhead=int(np.count_nonzero(self._owner == OVERHEAD)),
-            on_loan=int(np.count_nonzero((self._owner >= LOAN) & ~guest)),
-            private=int(np.count_nonzero(private_frames)),
-            shared=int(np.count_nonzero(shared_frames)))
+        shared_count = int(np.count_nonzero(shared_frames))
+        on_loan = self.pool.frames - self._free - self._overhead - private_frames - shared_count
+        return FrameCount(self._free, self._overhead, on_loan, private_frames, shared_count)
 
     def check(self, leaves: Iterable[np.ndarray]) -> list[str]:
         """Every way in which ledger and P2M arrays disagree, a sentence each; empty if they balance."""
         wrong: list[str] = []
+        for name, state, counted in ("free", FREE, self._free), ("overhead", OVERHEAD, self._overhead):
+            there = int(np.count_nonzero(self._owner == state))
+            if there != counted:
+                wrong.append(f"{there} frames are {name}, {counted} are counted")
         private_refs = np.zeros(self.pool.frames, dtype=np.uint32)
         shared_refs = np.zeros(self.pool.frames, dtype=np.uint32)
         for leaf in leaves:
