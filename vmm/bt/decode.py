@@ -4,10 +4,10 @@
     form = decode(page, offset, code32=True)
     form.entry.mnemonic, form.length, form.immediate(page, offset)
 
-What `decode` returns is the instruction's *form*: everything about it except the values of its displacement and
-immediate, and so the same object for `mov eax, [ebx+8]` wherever it stands and whatever is in place of the 8.
-Forms are found by walking a trie over prefixes, opcode, ModRM and SIB bytes; only a form not met before is worked
-out from the table.  A translator may keep what it derives from a form by the form's identity.
+What `decode` returns is the instruction's *form*: everything about it except the values of its displacement
+and immediate, and so the same object for `mov eax, [ebx+8]` wherever it stands and whatever is in place of
+the 8.  Forms are found by walking a trie over prefixes, opcode, ModRM and SIB bytes; only a form not met before
+is worked out from the table.  A translator may keep what it derives from a form by the form's identity.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ _BASE_INDEX_16 = ((_EBX, _ESI), (_EBX, _EDI), (_EBP, _ESI), (_EBP, _EDI),
 class Decoder:
     """A decoder with its trie of known forms.
 
-    Invariant: a path through the trie is the bytes of one form up to and without its displacement and immediate,
-    so no path is the beginning of another.  What guests can make it hold is bounded by `limit` nodes; then it
-    starts over.
+    Invariant: a path through the trie is the bytes of one form up to and without its displacement and
+    immediate, so no path is the beginning of another.  What guests can make it hold is bounded by `limit`
+    nodes; then it starts over.
     """
 
     def __init__(self, limit: int = 50_000) -> None:
@@ -117,8 +117,8 @@ class Decoder:
     def decode(self, code: bytes | memoryview, at: int, code32: bool) -> Instruction:
         """The instruction that starts at `code[at]`; an undefined one has an entry of kind UD.
 
-        An undefined encoding or one of over 15 bytes is an entry of its own, with nothing else to know but as many
-        bytes as show it.  Raises `Truncated` if `code` ends before that, and nothing else.
+        An undefined encoding or one of over 15 bytes is an entry of its own, with nothing else to know but as
+        many bytes as show it.  Raises `Truncated` if `code` ends before that, and nothing else.
         """
         try:
             here = at
@@ -238,8 +238,8 @@ def _opcode(code: bytes, at: int, code32: bool, prefixes: int) -> _Opcode | None
             return _Opcode(_ESCAPES[escape], code[at + 2], at + 2, selecting)
         return _Opcode(Map.TWO_BYTE, escape, at + 1, selecting)
     if byte in (0xC4, 0xC5) and code[at + 1] >= 0xC0:
-        # VEX, since LES and LDS have no register form.  The silicon knows it in 32-bit code only, which keeps it
-        # out of real and virtual-8086 mode, as it has to be.  All we have is in the maps of its long form.
+        # VEX, since LES and LDS have no register form.  The silicon knows it in 32-bit code only, which keeps
+        # it out of real and virtual-8086 mode, as it has to be.  All we have is in the maps of its long form.
         where = _VEX_MAPS.get(code[at + 1] & 31)
         if where is None or byte == 0xC5 or not code32 or prefixes & (LOCK | REP | REPNE | OPSIZE):
             return None
@@ -266,7 +266,7 @@ def _forbidden(entry: Entry, prefixes: int, in_memory: bool, vex: int) -> bool:
 
 
 def _address(code: bytes, at: int, modrm: int, addrsize: int, fields: dict[str, Any]) -> tuple[int, int]:
-    """The effective address of ModRM: fills in `fields`; where the displacement goes, and the default segment."""
+    """The effective address, put into `fields`; where its displacement is, and its natural segment."""
     mod, rm = modrm >> 6, modrm & 7
     if addrsize == 2:
         base, index = _BASE_INDEX_16[rm]

@@ -9,16 +9,18 @@ fits is undefined: #UD.  A row is
     opcode  mnemonic  operands  attributes...
 
 opcode
-    `[vex.][np.|66.|f3.|f2.|mm.]HEX[+{family}|+8{family}|-HEX][/N|/{family}|:HEX[-HEX]]`.  A slot's rows are told
-    apart by the mandatory prefix (`np`: none of the three; no word: any), by the reg field of ModRM (`/N`), by
-    the whole ModRM byte (`:c0-c7`) and by whether an operand must be memory or must be a register.  `mm` stands
-    for two rows: MMX without a prefix, and with 66 the same on XMM registers.
+    `[vex.][np.|66.|f3.|f2.|mm.]HEX[+{family}|+8{family}|-HEX][/N|/{family}|:HEX[-HEX|+8{family}]]`.  A slot's
+    rows are told apart by the mandatory prefix (`np`: none of the three; no word: any), by the reg field of
+    ModRM (`/N`), by the whole ModRM byte (`:c0-c7`) and by whether an operand must be memory or must be a
+    register.  `mm` stands for two rows: MMX without a prefix, and with 66 the same on XMM registers.  A
+    family of instructions in a regular pattern is one row, too: see `FAMILIES`.
 operands
-    Comma-separated, each `[=|+]KIND[SIZE]`: `=` written, `+` read and written, else read.  The letters are those
-    of the manuals: see `KINDS` and `SIZES`.
+    Comma-separated, each `[=|+]KIND[SIZE]`: `=` written, `+` read and written, else read.  The letters are
+    those of the manuals: see `KINDS` and `SIZES`.
 attributes
-    a `Kind` (lower case; IDENT if none), `lock` (LOCK is allowed), a `Unit`, and flags: `r:` read, `w:` written,
-    `u:` left undefined.  `maybe`: the flags may also stay as they are (a shift by zero), so all of them are read.
+    a `Kind` (lower case; IDENT if none), `lock` (LOCK is allowed), a `Unit`, and flags: `r:` read, `w:`
+    written, `u:` left undefined.  `maybe`: the flags may also stay as they are (a shift by zero), so all of
+    them are read.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class Kind(Enum):
 
 #: kinds behind which execution does not simply go on
 ENDS_UNIT = frozenset({
-    Kind.JCC, Kind.LOOP, Kind.JMP, Kind.CALL, Kind.RET, Kind.JMP_INDIRECT, Kind.CALL_INDIRECT, Kind.FAR, Kind.INT,
-    Kind.UD, Kind.OVERLONG,
+    Kind.JCC, Kind.LOOP, Kind.JMP, Kind.CALL, Kind.RET, Kind.JMP_INDIRECT, Kind.CALL_INDIRECT, Kind.FAR,
+    Kind.INT, Kind.UD, Kind.OVERLONG,
 })
 
 
@@ -114,13 +116,15 @@ class Prefix(Enum):
 KINDS = {
     "E": "ModRM.rm: a general register or memory", "G": "ModRM.reg: a general register",
     "M": "ModRM.rm: memory only", "R": "ModRM.rm: a general register whatever ModRM.mod says",
-    "S": "ModRM.reg: a segment register", "C": "ModRM.reg: a control register", "D": "ModRM.reg: a debug register",
+    "S": "ModRM.reg: a segment register", "C": "ModRM.reg: a control register",
+    "D": "ModRM.reg: a debug register",
     "P": "ModRM.reg: an MMX register", "Q": "ModRM.rm: an MMX register or memory",
     "N": "ModRM.rm: an MMX register only",
     "V": "ModRM.reg: an XMM register", "W": "ModRM.rm: an XMM register or memory",
     "U": "ModRM.rm: an XMM register only",
     "B": "VEX.vvvv: a general register", "Z": "the low three opcode bits: a general register",
-    "I": "an immediate", "J": "a displacement from the next instruction", "A": "a far pointer in the instruction",
+    "I": "an immediate", "J": "a displacement from the next instruction",
+    "A": "a far pointer in the instruction",
     "O": "memory at an address in the instruction",
     "X": "memory at DS:(E)SI", "Y": "memory at ES:(E)DI",
     "@": "a register (or the constant 1) named by the opcode itself",
@@ -145,8 +149,8 @@ SIZES = {
 _FIXED = frozenset({"AL", "eAX", "CL", "DX", "AX", "1", "ES", "CS", "SS", "DS", "FS", "GS", "st", "sti"})
 
 _FLAG_BITS = {
-    "o": flags.RFLAGS_OF, "s": flags.RFLAGS_SF, "z": flags.RFLAGS_ZF, "a": flags.RFLAGS_AF, "p": flags.RFLAGS_PF,
-    "c": flags.RFLAGS_CF, "d": flags.RFLAGS_DF,
+    "o": flags.RFLAGS_OF, "s": flags.RFLAGS_SF, "z": flags.RFLAGS_ZF, "a": flags.RFLAGS_AF,
+    "p": flags.RFLAGS_PF, "c": flags.RFLAGS_CF, "d": flags.RFLAGS_DF,
 }
 
 
@@ -182,7 +186,7 @@ class Entry:
     modrm: bool = False
     #: ModRM values it is for; every one if empty
     modrms: frozenset[int] = frozenset()
-    #: its operand that is memory unless ModRM.mod is 3 (or that is memory always: moffs, strings)
+    #: its operand that is memory unless ModRM.mod is 3 (or always: moffs; of two strings the one at (E)SI)
     memory: Operand | None = None
     #: its immediates, branch displacement or far pointer
     immediates: tuple[Operand, ...] = ()
@@ -205,12 +209,14 @@ FAMILIES: dict[str, tuple[tuple[int, str, str], ...]] = {
     "r": tuple((index, "", "") for index in range(8)),
     "cc": tuple((index, name, f"r:{reads}") for index, (name, reads) in enumerate(_CONDITIONS)),
     "alu": (
-        (0, "add", "w:oszapc"), (1, "or", "w:oszpc u:a"), (2, "adc", "r:c w:oszapc"), (3, "sbb", "r:c w:oszapc"),
-        (4, "and", "w:oszpc u:a"), (5, "sub", "w:oszapc"), (6, "xor", "w:oszpc u:a"),
+        (0, "add", "w:oszapc"), (1, "or", "w:oszpc u:a"), (2, "adc", "r:c w:oszapc"),
+        (3, "sbb", "r:c w:oszapc"), (4, "and", "w:oszpc u:a"), (5, "sub", "w:oszapc"),
+        (6, "xor", "w:oszpc u:a"),
     ),
     "shift": (
         (0, "rol", "w:oc"), (1, "ror", "w:oc"), (2, "rcl", "r:c w:oc"), (3, "rcr", "r:c w:oc"),
-        (4, "shl", "w:oszpc u:a"), (5, "shr", "w:oszpc u:a"), (6, "shl", "w:oszpc u:a"), (7, "sar", "w:oszpc u:a"),
+        (4, "shl", "w:oszpc u:a"), (5, "shr", "w:oszpc u:a"), (6, "shl", "w:oszpc u:a"),
+        (7, "sar", "w:oszpc u:a"),
     ),
     "x87": tuple((index, name, "") for index, name in enumerate(
         ("add", "mul", "com", "comp", "sub", "subr", "div", "divr"))),
@@ -219,7 +225,8 @@ FAMILIES: dict[str, tuple[tuple[int, str, str], ...]] = {
 _OPCODE = re.compile(
     r"(?P<vex>vex\.)?(?:(?P<prefix>np|66|f3|f2|mm)\.)?(?P<code>[0-9a-f]+)"
     r"(?:-(?P<last>[0-9a-f]{2})|\+(?P<step>8?)\{(?P<family>\w+)\})?"
-    r"(?:/(?:(?P<reg>[0-7])|\{(?P<group>\w+)\})|:(?P<low>[0-9a-f]{2})(?:-(?P<high>[0-9a-f]{2})|\+8\{(?P<stack>\w+)\})?)?")
+    r"(?:/(?:(?P<reg>[0-7])|\{(?P<group>\w+)\})"
+    r"|:(?P<low>[0-9a-f]{2})(?:-(?P<high>[0-9a-f]{2})|\+8\{(?P<stack>\w+)\})?)?")
 _MAPS = {("", ""): Map.ONE_BYTE, ("", "0f"): Map.TWO_BYTE, ("", "0f38"): Map.X0F38, ("", "0f3a"): Map.X0F3A,
          ("vex.", "0f38"): Map.VEX_0F38, ("vex.", "0f3a"): Map.VEX_0F3A}
 _WORDS_KIND = {kind.name.lower(): kind for kind in Kind}
@@ -274,9 +281,10 @@ def _entry(opcode: str, mnemonic: str, operands: str, attributes: str, prefix: P
     if modrms and fitting:
         fitting &= modrms
     return Entry(
-        opcode, mnemonic, parsed, kind, unit, lockable, masks["r"] | (written if maybe else 0), written, masks["u"],
+        opcode, mnemonic, parsed, kind, unit, lockable,
+        masks["r"] | (written if maybe else 0), written, masks["u"],
         prefix, bool(modrms or kinds & _MODRM_KINDS), fitting or modrms,
-        next((operand for operand in parsed if operand.kind in MEMORY_KINDS or operand.kind in "OXY"), None),
+        next((operand for letters in ("EMQWOX", "Y") for operand in parsed if operand.kind in letters), None),
         tuple(operand for operand in parsed if operand.kind in "IJA"))
 
 
