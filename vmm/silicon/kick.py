@@ -2,8 +2,9 @@
 """Stopping a running CPU from outside: by time, and by input on a descriptor.
 
 A signal whose handler is a few bytes of machine code raises the CPU's interrupt line, as a device would: it
-needs no thread, takes no interpreter lock, and arrives within microseconds.  The CPU forgets what came before
-it is entered; therefore the timer, once due, repeats every millisecond until it is set again.
+needs no thread, takes no interpreter lock, and arrives within microseconds.  An interrupt that comes while no
+guest runs waits for the next one.  Only one that meets another change of the pending-interrupt word can get
+lost; therefore the timer, once due, repeats every millisecond until it is set again.
 
 `uc_emu_stop`, which is meant for this, is not used: once its flag is up, the OUT, SYSCALL and SYSENTER that
 are still ahead in the same block pass as no-ops, since Unicorn does not call their hooks any more.
@@ -26,7 +27,8 @@ from unicorn.unicorn_py3.unicorn import uclib
 from vmm.silicon.layout import INTERRUPT_HARD
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_SA_RESTART = 0x1000_0000
+# SA_RESTART; SA_ONSTACK, since translated code of another guest may be running on a stack pointer of its own
+_FLAGS = 0x1000_0000 | 0x0800_0000
 _TIMER_ABSTIME = 1
 _REPEAT_NS = 1_000_000
 _F_SETSIG = 10
@@ -65,7 +67,7 @@ class Kicker:
         self._code.write(code)
         entry = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
         # struct sigaction of glibc on x86-64: handler, 128 bytes of mask, flags, restorer
-        action = struct.pack("<Q128sIxxxxQ", entry, bytes(128), _SA_RESTART, 0)
+        action = struct.pack("<Q128sIxxxxQ", entry, bytes(128), _FLAGS, 0)
         _check(_libc.sigaction(self.signal, action, None), "sigaction")
         # struct sigevent: value, signo, notify (SIGEV_SIGNAL = 0), padding
         event = struct.pack("<QiI48x", 0, self.signal, 0)
