@@ -33,7 +33,9 @@ class Share(NamedTuple):
     cap: int = 0
 
 
-class _Scenario(NamedTuple):
+class Scenario(NamedTuple):
+    """Busy guests, and what each of them is to get."""
+
     about: str
     shares: tuple[Share, ...]
 
@@ -53,12 +55,12 @@ def _off(got: float, due: float) -> float:
 
 _CAPPED = tuple(Share(400, cap) for cap in (10, 25, 50))
 
-_SCENARIOS = {
-    "shares": _Scenario(
+SCENARIOS = {
+    "shares": Scenario(
         "eight busy guests, weights 1:1:2:2:4:4:8:8: CPU time to its due, the worst",
         tuple(Share(weight) for weight in (100, 100, 200, 200, 400, 400, 800, 800))),
-    "caps": _Scenario("three busy guests, caps of 10, 25 and 50%: CPU time to its due, the worst", _CAPPED),
-    "caps-crowded": _Scenario(
+    "caps": Scenario("three busy guests, caps of 10, 25 and 50%: CPU time to its due, the worst", _CAPPED),
+    "caps-crowded": Scenario(
         "the same beside two busy guests without a cap", (*_CAPPED, Share(100), Share(100))),
 }
 
@@ -66,7 +68,7 @@ _SCENARIOS = {
 def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]:
     """Once each, over `settings.watch` seconds after as many to settle as the balancer needs."""
     samples = {}
-    for name, scenario in _SCENARIOS.items():
+    for name, scenario in SCENARIOS.items():
         if name in wanted:
             settings.say(scenario.about)
             got, elapsed = _cpu_seconds(scenario.shares, settings.settle / 2, settings.watch)
@@ -100,4 +102,4 @@ def start_busy(client: Client, shares: Mapping[str, Share]) -> None:
 
 
 BENCHMARK = Benchmark(
-    tuple(Measure(name, scenario.about, "x", _REACH) for name, scenario in _SCENARIOS.items()), measure)
+    tuple(Measure(name, scenario.about, "x", _REACH) for name, scenario in SCENARIOS.items()), measure)
