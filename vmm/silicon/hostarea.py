@@ -87,7 +87,7 @@ class HostArea:
             self.view[_MSRPM + bit // 8] &= ~(3 << bit % 8) & 0xFF
 
     def enter(self, uc: Uc) -> None:
-        """Put the fresh CPU into the host's context: long mode, identity mapped, SVM on, GIF set by vmrun."""
+        """Put the fresh CPU into the host's context: long mode, identity mapped, SVM on, IF set."""
         uc.reg_write(x86_const.UC_X86_REG_CR3, HOST_AREA + _PML4)
         uc.reg_write(x86_const.UC_X86_REG_CR4, _CR4)
         uc.msr_write(MSR_EFER, _EFER)

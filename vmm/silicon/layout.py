@@ -47,6 +47,7 @@ ES, CS, SS, DS, FS, GS, LDTR, TR, GDTR, IDTR = (SEGMENTS + 3 * i for i in range(
 
 HF_GUEST = 1 << 21
 HF_INHIBIT_IRQ = 1 << 3
+HF2_GIF = 1 << 0
 #: where QEMU's CPUState has `interrupt_request`, in bytes; verified by the self-test
 INTERRUPT_REQUEST_AT = 28
 #: QEMU's CPU_INTERRUPT_HARD, the physical interrupt line, and CPU_INTERRUPT_VIRQ
