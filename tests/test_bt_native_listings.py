@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import capstone
 import pytest
@@ -48,7 +49,7 @@ def test_every_line_is_what_its_comment_says(name: str) -> None:
 
 def test_fields_of_the_block_do_not_overlap() -> None:
     taken = sorted((field.offset, field.offset + field.size * field.length) for field in FIELDS.values())
-    assert all(end <= begin for (_, end), (begin, _) in zip(taken, taken[1:]))
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(taken))
     assert taken[-1][1] <= 4096
     assert OFFSETS["fx"] % 16 == 0
 

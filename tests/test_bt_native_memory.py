@@ -150,7 +150,7 @@ def test_a_jump_table_has_at_least_a_page() -> None:
 def test_refused_address_space_is_an_error_with_a_reason() -> None:
     with pytest.raises(OSError, match="cannot reserve"):
         memory.reserve(1 << 60)
-    for change in (lambda: memory.protect(1, 1, 0), lambda: memory.unmap(1, 1), lambda: memory.advise(1, 1, 4),
-                   lambda: memory.map_shared(0, 4096, 1, -1, 0)):
+    for change in (lambda: memory.protect(1, 1, 0), lambda: memory.unmap(1, 1),
+                   lambda: memory.advise(1, 1, 4), lambda: memory.map_shared(0, 4096, 1, -1, 0)):
         with pytest.raises(OSError, match="cannot"):
             change()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Signals that are not the guest's: crashes are reported as ever, nobody's handler runs on the guest's stack."""
+"""Signals that are not the guest's: crashes are reported as ever, no handler runs on its stack."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ def guest_fault():
 guest_fault()
 """
 
+_EARLY = "faulthandler.enable()\n" + _GUEST
 CRASHES = {
-    "before us": ("faulthandler.enable()\n" + _GUEST + "guest_fault()\nfaulthandler._sigsegv()", signal.SIGSEGV),
+    "before us": (_EARLY + "guest_fault()\nfaulthandler._sigsegv()", signal.SIGSEGV),
     "after us": (_GUEST + "faulthandler.enable()\nguest_fault()\nfaulthandler._sigsegv()", signal.SIGSEGV),
-    "taken away": ("faulthandler.enable()\n" + _GUEST + "faulthandler.disable()\nguest_fault()\n"
-                   "faulthandler.enable()\nfaulthandler._sigsegv()", signal.SIGSEGV),
-    "null": ("faulthandler.enable()\n" + _GUEST + "ctypes.string_at(0)", signal.SIGSEGV),
-    "by another": ("faulthandler.enable()\n" + _GUEST + "os.kill(os.getpid(), signal.SIGSEGV)", signal.SIGSEGV),
-    "division": ("faulthandler.enable()\n" + _GUEST + "faulthandler._sigfpe()", signal.SIGFPE),
+    "taken away": (_EARLY + "faulthandler.disable()\nguest_fault()\nfaulthandler.enable()\n"
+                   "faulthandler._sigsegv()", signal.SIGSEGV),
+    "null": (_EARLY + "ctypes.string_at(0)", signal.SIGSEGV),
+    "by another": (_EARLY + "os.kill(os.getpid(), signal.SIGSEGV)", signal.SIGSEGV),
+    "division": (_EARLY + "faulthandler._sigfpe()", signal.SIGFPE),
     # fxrstor of a reserved MXCSR bit, in the trampoline: our mistake, not the guest's
-    "trampoline": ("faulthandler.enable()\n" + _GUEST + "rig.block.fx[27] = 0xFF\nrig.run('')", signal.SIGSEGV),
+    "trampoline": (_EARLY + "rig.block.fx[27] = 0xFF\nrig.run('')", signal.SIGSEGV),
 }
 
 

@@ -20,7 +20,6 @@ _PREFIXES = {0x66: "o", 0xF0: "l", 0xF2: "p", 0xF3: "r"}
 _MAPS = {("", 0x0F): "0f", ("0f", 0x38): "0f38", ("0f", 0x3A): "0f3a"}
 _TABLE_JUMP = bytes.fromhex("43FF24C7")      # jmp [r15 + r8*8]
 _BLOCK_BASE, _WINDOW_BASE, _NO_INDEX = 14, 12, 4
-_MAX_LENGTH = 15
 #: lea rdi, [rdi + r12]; a string instruction with 64-bit addresses, its source in gs; mov edi, edi and, if it
 #: has a source, mov esi, esi
 _STRING = re.compile(rb"\x4A\x8D\x3C\x27(?:"
@@ -80,9 +79,7 @@ class _Prefixes(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """What may come next in an instruction, `depth` bytes into it."""
-
-    depth: int
+    """What may come next in an instruction."""
 
     def find(self, byte: int) -> _Expected | int | Action:
         """What `byte` leads to; a number is of bytes left to skip.  Rejected when it may not come here."""
@@ -110,8 +107,6 @@ class Node(dict[int, "Node | int | Action"]):
                 self.known[found] = Node(found, self.known)
             entry = self.known[found]
         else:
-            if isinstance(found, int):
-                _require(self.expected.depth + 1 + found <= _MAX_LENGTH, "too long")
             entry = found
         self[byte] = entry
         return entry
@@ -130,19 +125,19 @@ class _Start(_Expected):
     opcodes: str
 
     def find(self, byte: int) -> _Expected | int | Action:
-        prefixes, depth = self.prefixes, self.depth + 1
+        prefixes = self.prefixes
         if not self.opcodes and not prefixes.rex:
             further = self._further(byte)
             if further is not None:
-                return _Start(depth, further, "")
-            if byte == _STRING_START and self.depth == 0:
+                return _Start(further, "")
+            if byte == _STRING_START and prefixes == _Prefixes():
                 return _string
         opcodes = _MAPS.get((self.opcodes, byte))
         if opcodes is not None:
-            return _Start(depth, prefixes, opcodes)
+            return _Start(prefixes, opcodes)
         if not self.opcodes and byte == 0x8D:
             _require(not prefixes.gs and prefixes.others in ("", "o"), "lea with a prefix")
-            return _Operand(depth, prefixes, ())
+            return _Operand(prefixes, ())
         forms = tuple(form for form in TABLES[self.opcodes].get(byte, ()) if prefixes.others in form.prefixes)
         _require(bool(forms), "instruction not allowed")
         return self._opcode(byte, forms)
@@ -168,8 +163,8 @@ class _Start(_Expected):
         prefixes, form = self.prefixes, forms[0]
         if form.kind == "operand":
             if self.opcodes or byte != 0xFF:
-                return _Operand(self.depth + 1, prefixes, forms)
-            return _IncDecJump(self.depth + 1, prefixes, forms)
+                return _Operand(prefixes, forms)
+            return _IncDecJump(prefixes, forms)
         memory = form.kind == "implied"
         _require(prefixes.gs == memory and prefixes.address == (memory or form.kind == "counted"),
                  "address prefixes without a memory operand, or the reverse")
@@ -213,7 +208,7 @@ class _Operand(_Expected):
         if rm | prefixes.b == _BLOCK_BASE:
             return self._block(form, mod, immediate)
         if mod == 0 and rm == 4 and prefixes.b:
-            return _WindowIndex(self.depth + 1, prefixes.x, immediate)
+            return _WindowIndex(prefixes.x, immediate)
         raise Rejected("memory operand outside the window")
 
     def _form(self, reg: int, mod: int) -> Form:
@@ -236,7 +231,7 @@ class _Operand(_Expected):
         prefixes = self.prefixes
         displacement = (0, 1, 4)[mod]
         if rm == 4:
-            return _Sib(self.depth + 1, prefixes.x, prefixes.b, mod, displacement + immediate)
+            return _Sib(prefixes.x, prefixes.b, mod, displacement + immediate)
         _require(mod != 0 or rm != 5, "address relative to rip")
         _require(rm | prefixes.b < 12 and not prefixes.x, "address from a register not the guest's")
         return displacement + immediate
@@ -256,7 +251,7 @@ class _IncDecJump(_Operand):
 
     def find(self, byte: int) -> _Expected | int | Action:
         if byte == _TABLE_JUMP[2] and self.prefixes == _Prefixes(rex=_TABLE_JUMP[0]):
-            return _LastByte(self.depth + 1)
+            return _LastByte()
         return _Operand.find(self, byte)
 
 
@@ -349,4 +344,4 @@ def _block_access(width: int, write: bool, size: int, immediate: int) -> Action:
 
 def root() -> Node:
     """The beginning of an instruction."""
-    return Node(_Start(0, _Prefixes(), ""), {})
+    return Node(_Start(_Prefixes(), ""), {})

@@ -37,9 +37,12 @@ _INTEGER = """
 39,3b                   n,o         g           gm  0   rv
 69                      n,o         g           gm  z   -
 6b                      n,o         g           gm  1   -
-80                      n,o,l,lo    01234567    gm  1   w1
-81                      n,o,l,lo    01234567    gm  z   wv
-83                      n,o,l,lo    01234567    gm  1   wv
+80                      n,o,l,lo    0123456     gm  1   w1
+80                      n,o         7           gm  1   r1
+81                      n,o,l,lo    0123456     gm  z   wv
+81                      n,o         7           gm  z   rv
+83                      n,o,l,lo    0123456     gm  1   wv
+83                      n,o         7           gm  1   rv
 84                      n,o         g           gm  0   r1
 85                      n,o         g           gm  0   rv
 86,87                   n,o,l,lo    g           gm  0   -
