@@ -33,7 +33,9 @@ from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
 from vmm.monitor import Stop, StopReason
+from vmm.silicon import selftest
 from vmm.silicon.cpu import Cpu
+from vmm.silicon.layout import SiliconError
 from vmm.state import StateError
 
 log = logging.getLogger(__name__)
@@ -309,7 +311,11 @@ def main(arguments: list[str]) -> None:
     logs.configure(level, format)
     channel = socket.socket(fileno=int(socket_fd))
     pool = Pool(int(pool_bytes), int(pool_fd))
-    cpu = Cpu(pool)
+    try:
+        cpu = Cpu(pool)
+        selftest.run(cpu)
+    except SiliconError as error:
+        sys.exit(f"hostd worker {index}: {error}")
     loop = WorkerLoop(channel, pool, cpu, int(tsc_khz), int(slice_ns))
     cpu.kicker.on_readable(channel.fileno())
     loop.hello(f"Unicorn {unicorn.__version__} AMD-V")

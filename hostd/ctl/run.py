@@ -28,7 +28,7 @@ from vmm.memory.frames import FrameAllocator, Magazine
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import PAGE, Pool
 from vmm.monitor import Stop, StopReason
-from vmm.silicon import tsc
+from vmm.silicon import selftest, tsc
 from vmm.silicon.cpu import Cpu
 from vmm.silicon.layout import SiliconError
 from vmm.state import MachineState
@@ -92,6 +92,7 @@ def machine(files: BootFiles, memory_bytes: int) -> Iterator[tuple[VirtualMachin
     state = MachineState(memory_bytes=memory_bytes, cpu=image.cpu)
     try:
         cpu = Cpu(pool)
+        selftest.run(cpu)
     except SiliconError as error:
         raise CtlError(str(error)) from None
     try:

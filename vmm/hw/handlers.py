@@ -56,9 +56,10 @@ def on_msr(vcpu: Processor, exit: MsrAccess) -> bool:
     q = vcpu.q
     number = q[RCX] & MASK32
     if exit.write:
-        vcpu.write_msr(number, q[RAX] & MASK32 | (q[RDX] & MASK32) << 32)
+        vcpu.msrs.write(number, q[RAX] & MASK32 | (q[RDX] & MASK32) << 32)
+        vcpu.rearm()
     else:
-        value = vcpu.read_msr(number)
+        value = vcpu.msrs.read(number)
         q[RAX], q[RDX] = value & MASK32, value >> 32
     return _completed(vcpu, 2) and not vcpu.reenter
 

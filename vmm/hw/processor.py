@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
 
 from vmm.clock import GuestClock
 from vmm.devices.board import Board
@@ -22,6 +21,7 @@ from vmm.hw.delivery import Delivery, TripleFault, Unsupported
 from vmm.hw.exits import decode
 from vmm.hw.handlers import HANDLERS, INTERCEPTS
 from vmm.hw.linear import Linear
+from vmm.hw.msrs import MsrFile
 from vmm.hw.ports import port_handlers
 from vmm.hw.syscalls import syscall, sysenter
 from vmm.memory.block import VmBlock
@@ -34,7 +34,7 @@ from vmm.silicon.cpu import VMEXIT_INVALID, Cpu, EngineFault, InstructionAborted
 from vmm.state import CpuState
 from vmm.stats import slot_of
 from vmm.vmcb import Event, EventType
-from vmm.x86 import descriptors, kvm, msr
+from vmm.x86 import descriptors, kvm
 from vmm.x86.cpuid import CpuidTable
 from vmm.x86.faults import GeneralProtection, GuestFault, Vector
 from vmm.x86.flags import CR0_PE, RFLAGS_IF, RFLAGS_VM
@@ -79,8 +79,7 @@ class Processor:
         self._armed = _NEVER
         self._running = False
         self._clock_record_stale = False
-        self._msrs: dict[int, int] = {}
-        self._silicon_msrs = self.regs.msr_cells()
+        self.msrs = MsrFile(self)
         block.p2m.build()
         self.guest = cpu.new_guest(block.vmcb_pa, self)
         self._control()
@@ -105,12 +104,7 @@ class Processor:
 
     def _load(self, state: CpuState) -> None:
         self.cpu.load_state(self.guest, state)
-        for number, value in state.msrs.items():
-            kind = msr.MSRS[number].kind if number in msr.MSRS else None
-            if kind == "plain":
-                self._msrs[number] = value
-        for number in self.kvm.msrs:
-            self.kvm.msrs[number] = state.msrs.get(number, 0)
+        self.msrs.load(state.msrs)
         event = Event.decode(state.pending_event)
         if event is not None and event.type == EventType.INTR:
             self._accepted = event.vector
@@ -170,6 +164,9 @@ class Processor:
             return Stop(StopReason.CRASHED, f"the guest cannot go on: {fault}")
         finally:
             self._running = False
+            # whoever called looks at the time and at its input itself: a stop still under way is stale
+            cpu.rest()
+            cpu.forget_stop()
             self.accounting.world_switches += cpu.switches - switches
 
     _rose = False
@@ -363,66 +360,6 @@ class Processor:
         """This moment by the guest's clocks."""
         return kvm.Instant(self.clock.tsc(), self.clock.now(), time.time_ns())
 
-    def read_msr(self, number: int) -> int:
-        """RDMSR.  Raises GuestFault."""
-        entry = msr.find(number)
-        return _READERS[entry.kind](self, number, entry)
-
-    def write_msr(self, number: int, value: int) -> None:
-        """WRMSR.  Raises GuestFault."""
-        entry = msr.check_write(number, value)
-        _WRITERS[entry.kind](self, number, value)
-        self.rearm()
-
-    def _read_silicon(self, number: int, _entry: msr.Msr) -> int:
-        if number == msr.EFER:
-            return self.q[at.EFER] & ~0x1000
-        view, index = self._silicon_msrs[number]
-        return view[index]
-
-    def _write_silicon(self, number: int, value: int) -> None:
-        if number == msr.EFER:
-            self.q[at.EFER] = msr.efer_after_write(self.q[at.EFER] & ~0x1000, value, self.q[at.CR]) | 0x1000
-            return
-        view, index = self._silicon_msrs[number]
-        view[index] = value
-
-    def _read_plain(self, number: int, entry: msr.Msr) -> int:
-        return self._msrs.get(number, entry.reset)
-
-    def _write_plain(self, number: int, value: int) -> None:
-        self._msrs[number] = value
-
-    def _read_const(self, _number: int, entry: msr.Msr) -> int:
-        return entry.reset
-
-    def _write_const(self, number: int, value: int) -> None:
-        """Ignored."""
-
-    def _read_lapic(self, number: int, _entry: msr.Msr) -> int:
-        return self.lapic.msr_read(number)
-
-    def _write_lapic(self, number: int, value: int) -> None:
-        self.lapic.msr_write(number, value)
-        if number == msr.APIC_BASE:
-            self.cpuid.set_apic(bool(value >> 11 & 1))
-
-    def _read_kvm(self, number: int, _entry: msr.Msr) -> int:
-        return self.kvm.read_msr(number)
-
-    def _write_kvm(self, number: int, value: int) -> None:
-        self.kvm.write_msr(number, value, self.instant())
-
-    def _read_tsc(self, number: int, _entry: msr.Msr) -> int:
-        return self.clock.tsc() if number == msr.TSC else 0
-
-    def _write_tsc(self, number: int, value: int) -> None:
-        if number == msr.TSC:
-            self.clock.set_tsc(value)
-            self.lapic.timer.tsc_changed()
-            self.sync_clock()
-            self.reenter = True
-
     # -- state ---------------------------------------------------------------------------------------------
 
     def sync_clock(self) -> None:
@@ -444,8 +381,7 @@ class Processor:
         """The state, the guest being off the CPU afterwards; the clock must have been stopped."""
         self.evict()
         state = self.cpu.save_state(self.guest)
-        state.msrs.update(self._msrs)
-        state.msrs.update(self.kvm.msrs)
+        state.msrs.update(self.msrs.save())
         state.cr8 = self.lapic.cr8
         state.halted = self.halted
         state.nmi_masked = self.nmi_masked
@@ -454,11 +390,3 @@ class Processor:
         if self._accepted is not None:
             state.pending_event = Event(self._accepted, EventType.INTR).encode()
         return state
-
-
-_READERS: dict[str, Any] = {
-    "silicon": Processor._read_silicon, "plain": Processor._read_plain, "const": Processor._read_const,
-    "lapic": Processor._read_lapic, "kvm": Processor._read_kvm, "tsc": Processor._read_tsc}
-_WRITERS: dict[str, Any] = {
-    "silicon": Processor._write_silicon, "plain": Processor._write_plain, "const": Processor._write_const,
-    "lapic": Processor._write_lapic, "kvm": Processor._write_kvm, "tsc": Processor._write_tsc}
