@@ -208,7 +208,7 @@ class Silicon:
 
 
 def test_what_is_undefined() -> None:
-    """The whole opcode space.  Where capstone, which knows more extensions, judges otherwise, ask the silicon."""
+    """The whole opcode space.  Capstone knows more extensions; where it disagrees, the silicon decides."""
     cs, silicon = DISASSEMBLERS[True], Silicon()
     wrong = []
     for code in defined_and_not():

@@ -6,8 +6,8 @@
 
 What `decode` returns is the instruction's *form*: everything about it except the values of its displacement
 and immediate, and so the same object for `mov eax, [ebx+8]` wherever it stands and whatever is in place of
-the 8.  Forms are found by walking a trie over prefixes, opcode, ModRM and SIB bytes; only a form not met before
-is worked out from the table.  A translator may keep what it derives from a form by the form's identity.
+the 8.  Forms are found by walking a trie over prefixes, opcode, ModRM and SIB bytes; only a form not met
+before is worked out from the table.  A translator may keep what it derives from a form by its identity.
 """
 
 from __future__ import annotations
