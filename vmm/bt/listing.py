@@ -65,9 +65,10 @@ def lines(unit: Unit, labels: Mapping[int, str], fields: Mapping[int, str]) -> I
 
 def _block(unit: Unit, labels: Mapping[int, str], fields: Mapping[int, str]) -> str:
     hits = "" if unit.hits is None else f", {_count(unit.hits, 'hit')}"
-    head = (f"{_name(unit.eip, labels)}:  {_count(len(unit.pieces), 'instruction')}, "
-    head = (f"{_name(unit.eip, labels)}:  {_count(len(unit.pieces), 'instruction')}, {_count(len(unit.guest), 'byte')} -> "
-            f"{_count(len(unit.host), 'byte')} at {unit.address:x}{hits}")
+    instructions, guest = _count(len(unit.pieces), "instruction"), _count(len(unit.guest), "byte")
+    head = (f"{_name(unit.eip, labels)}:  {instructions}, {guest} -> {_count(len(unit.host), 'byte')} "
+            f"at {unit.address:x}{hits}")
+    return "\n".join([head, *(_columns(line) for line in lines(unit, labels, fields)), ""])
 
 
 def _count(number: int, what: str) -> str:
