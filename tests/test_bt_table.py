@@ -83,7 +83,7 @@ def test_units(code: str, unit: Unit) -> None:
 
 
 @pytest.mark.parametrize("row", ["00 add +Eb,Gb", "0f10 movups =Vx,Wx x\n0f10 movups =Vx,Wx",
-                                 "zz add -", "f1 int1 Ez", "f1 int1 - nothing"])
+                                 "zz add -", "f1 int1 Ez", "0f01:d9 x Mb", "f1 int1 - nothing"])
 def test_a_bad_row_is_refused(row: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table.x87, "ROWS", row)
     with pytest.raises((ValueError, KeyError)):

@@ -132,6 +132,8 @@ KINDS = {
 _MODRM_KINDS = frozenset("EGMRSCDPQNVWU")
 MEMORY_KINDS = frozenset("EMQW")
 _REGISTER_ONLY = frozenset("NU")
+# ModRM bytes that address memory, and those that name a register
+_IN_MEMORY, _IN_REGISTER = frozenset(range(0xC0)), frozenset(range(0xC0, 0x100))
 
 #: operand size letters: bytes with 16-bit and with 32-bit operand size
 SIZES = {
@@ -272,22 +274,19 @@ def _entry(opcode: str, mnemonic: str, operands: str, attributes: str, prefix: P
         else:
             kind = _WORDS_KIND[word]
     written = masks["w"] | masks["u"]
-    if kinds & _REGISTER_ONLY:
-        fitting = frozenset(range(0xC0, 0x100))
-    elif "M" in kinds:
-        fitting = frozenset(range(0xC0))
-    else:
-        fitting = frozenset[int]()
-    if modrms and fitting:
-        fitting &= modrms
+    needed = _IN_REGISTER if kinds & _REGISTER_ONLY else _IN_MEMORY if "M" in kinds else frozenset[int]()
+    fitting = modrms & needed if modrms and needed else modrms or needed
+    if modrms and not fitting:
+        raise ValueError(f"{opcode} {mnemonic}: no ModRM byte fits")
     return Entry(
         opcode, mnemonic, parsed, kind, unit, lockable,
         masks["r"] | (written if maybe else 0), written, masks["u"],
-        prefix, bool(modrms or kinds & _MODRM_KINDS), fitting or modrms,
+        prefix, bool(modrms or kinds & _MODRM_KINDS), fitting,
         next((operand for letters in ("EMQWOX", "Y") for operand in parsed if operand.kind in letters), None),
         tuple(operand for operand in parsed if operand.kind in "IJA"))
 
 
+@cache
 def _with_reg(reg: int) -> frozenset[int]:
     return frozenset(modrm for modrm in range(256) if modrm >> 3 & 7 == reg)
 
