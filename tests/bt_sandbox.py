@@ -39,6 +39,7 @@ class Sandbox:
         for address, length in ((LAYOUT.units, 0x1000), (LAYOUT.stubs, 0x4000), (BLOCK, 0x1000),
                                 (WINDOW, 0x2_0000), (WINDOW + 0xFFFF_0000, 0x1_0000)):
             uc.mem_map(address, length)
+        uc.mem_write(LAYOUT.stubs, b"\xEB\xFE" * 0x2000)      # a stub ends the run
         every = uc_const.UC_HOOK_MEM_READ | uc_const.UC_HOOK_MEM_WRITE
         uc.hook_add(every, self._access)
         uc.hook_add(uc_const.UC_HOOK_MEM_UNMAPPED, self._unmapped)

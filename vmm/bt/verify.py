@@ -136,16 +136,23 @@ class Verifier:
         return (target - site - 4).to_bytes(4, "little", signed=True)
 
     def retract(self, address: int, length: int) -> None:
-        """The units in a range are gone; the caller has unlinked the jumps to them."""
+        """The units in a range are gone.
+
+        Before a guest runs again the caller has patched the jumps to them, and has had something accepted
+        where a unit before the range falls through into it.
+        """
         span = range(address, address + length)
-        self.entries.difference_update(span)
-        self.sites.difference_update(span)
-        self._trailing.difference_update(span)
         begins = self._begins
-        first, last = bisect_left(begins, address), bisect_left(begins, address + length)
+        first, last = bisect_left(begins, span.start), bisect_left(begins, span.stop)
         for begin in begins[first:last]:
             del self._ends[begin]
+        self.entries.difference_update(begins[first:last])
         del begins[first:last]
+        for known in (self.sites, self._trailing):
+            if len(known) < length:
+                known.difference_update([at for at in known if at in span])
+            else:
+                known.difference_update(span)
 
     def _reachable(self, address: int) -> bool:
         return address in self.entries or self.layout.is_stub(address)

@@ -3,7 +3,8 @@
 
 It returns the number of the exit stub by which the guest left, or one of the negative numbers below.
 The guest's x87, MMX and SSE state is loaded and saved here, since Python's code uses all of it; what the
-System V ABI wants kept (rbx, rbp, r12-r15, rsp, DF, the x87 and SSE control words) is kept here too.
+System V ABI wants kept (rbx, rbp, r12-r15, rsp, DF, the x87 and SSE control words) is kept here too.  The gs
+base stays the last window's: nothing else in a process uses it.
 
 The guest is entered by `iretq`, which loads its rip, flags and rsp in one step: the trap flag then strikes
 after one instruction of the guest, and no instruction of the trampoline runs on the guest's stack pointer
