@@ -21,7 +21,7 @@ EXIT_PORT, CONSOLE, LINE_STATUS = 0xF4, 0x3F8, 0x3FD
 
 
 def test_names_and_paths() -> None:
-    assert guests.names() == sorted(build.KERNELS) == ["fuzz", "idle", "mix", "primes", "triple"]
+    assert guests.names() == sorted(build.KERNELS) == ["fuzz", "idle", "mix", "primes", "rogue", "triple"]
     assert guests.path("mix").read_bytes() == guests.read("mix")
     with pytest.raises(KeyError, match="there are fuzz, idle"):
         guests.path("../src/mix")

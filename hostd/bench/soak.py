@@ -7,20 +7,17 @@ ended, one frame that did not come back, or a daemon that grows, and it has fail
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import msgspec
 
 from hostd.bench.soak_work import ARRIVED, Witness, command, script
 from hostd.ctl.client import Client, vm_path
-from hostd.ctl.errors import CtlError
 from hostd.ctl.images import register
 from hostd.ctl.private import PrivateDaemon
 from hostd.ctl.pull import PulledImage
-from hostd.ctl.usage import CpuMeter, processes, proportional_bytes
+from hostd.ctl.usage import CpuMeter, own_bytes, processes, proportional_bytes
 from hostd.lifecycle import State
 from hostd.model import CloneRequest
 
@@ -71,18 +68,18 @@ def soak(daemon: PrivateDaemon, image: PulledImage, guests: int, seconds: float,
     pids = processes(before)
     meter = CpuMeter(pids)
     began = time.monotonic()
-    early = _bytes(pids)
+    early = list(map(own_bytes, pids))
     while (elapsed := time.monotonic() - began) < seconds:
         time.sleep(min(_LOOK_S, seconds - elapsed))
         if elapsed <= seconds / 5:
-            early = _bytes(pids)
+            early = list(map(own_bytes, pids))
         fleet.look()
         if elapsed > seconds / 2:
             fleet.note_half()
     cpus = meter.share()
     failures = fleet.failures()
     failures += _workers_died(before.pid, pids, client)
-    late = early if failures else _bytes(pids)
+    late = early if failures else list(map(own_bytes, pids))
     per_guest = proportional_bytes(pids) // guests
     failures += fleet.end()
     rounds = [witness.rounds for witness in fleet.witnesses.values()]
@@ -173,15 +170,3 @@ def _workers_died(daemon: int, pids: Iterable[int], client: Client) -> list[str]
     workers = client.host().workers
     gone = set(pids) - {daemon} - {worker.pid for worker in workers}
     return [f"worker process {pid} died" for pid in sorted(gone)]
-
-
-def _bytes(pids: Iterable[int]) -> list[int]:
-    """Resident memory of each process, without the shared pages of machine memory (proc(5), status)."""
-    return [_status(pid, "RssAnon") + _status(pid, "RssFile") for pid in pids]
-
-
-def _status(pid: int, field: str) -> int:
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)
-    if match is None:
-        raise CtlError(f"/proc/{pid}/status has no {field}")
-    return int(match[1]) * 1024

@@ -28,6 +28,14 @@ def proportional_bytes(pids: Iterable[int]) -> int:
     return kilobytes * 1024
 
 
+def own_bytes(pid: int) -> int:
+    """Resident memory of a process, but for shared memory: without the guests' frames, that is."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    sizes = re.findall(r"^Rss(?:Anon|File):\s+(\d+) kB", status, re.M)
+    assert len(sizes) == 2, "status has both lines (proc(5))"
+    return sum(map(int, sizes)) * 1024
+
+
 def cpu_seconds(pids: Iterable[int]) -> float:
     """User and system time so far (fields 14 and 15 of stat in proc(5); the name before may hold spaces)."""
     ticks = 0

@@ -6,6 +6,7 @@ fuzz     a hostile guest: garbage to every port, to empty addresses, to MSRs   s
 idle     sleeps in HLT on a one-shot timer; prints `idle: tick N`              ms=1000 ticks=0
 mix      paging, ring-3 tasks, preemption, fork, copy-on-write; a checksum     rounds=4 tasks=8
 primes   processor-bound; prints `primes: COUNT below LIMIT`                   limit=20000 loop
+rogue    abuses its machine as its first word says (`src/rogue.c`)             flood wild ... at=N
 triple   triple-faults with its second instruction
 =======  ===================================================================  =======================
 
