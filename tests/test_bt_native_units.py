@@ -21,7 +21,8 @@ class Machine:
         self.rig = Rig()
         arena = self.rig.cpu.arena
         self.units = arena.units
-        self.verifier = Verifier(Layout(arena.units, arena.units_bytes, arena.stubs, STUB_BYTES, arena.stub_count))
+        self.verifier = Verifier(
+            Layout(arena.units, arena.units_bytes, arena.stubs, STUB_BYTES, arena.stub_count))
         self.rig.window.map(0, 0, 16, writable=True)
         self.memory = self.rig.pool.view
 
