@@ -13,22 +13,10 @@ import pytest
 from capstone import x86
 from hypothesis import given
 from hypothesis import strategies as st
-from unicorn import UC_ARCH_X86, UC_ERR_INSN_INVALID, UC_HOOK_INTR, UC_MODE_32, Uc, UcError
-from unicorn.x86_const import (
-    UC_CPU_X86_EPYC,
-    UC_X86_REG_CR4,
-    UC_X86_REG_EAX,
-    UC_X86_REG_EBP,
-    UC_X86_REG_EBX,
-    UC_X86_REG_ECX,
-    UC_X86_REG_EDI,
-    UC_X86_REG_EDX,
-    UC_X86_REG_ESI,
-    UC_X86_REG_ESP,
-)
 
 from tests import capstone_errata as errata
 from tests.bt_encodings import Encoding, defined_and_not, encodings
+from tests.bt_silicon import EIP, Silicon
 from vmm.bt.decode import (
     DS,
     ES,
@@ -45,9 +33,8 @@ from vmm.bt.decode import (
     decode,
 )
 from vmm.bt.table import MEMORY_KINDS, Kind, Map, Prefix
-from vmm.x86 import flags
+from vmm.x86.faults import Vector
 
-EIP = 0x1000
 REGISTERS = {4: ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi"),
              2: ("ax", "cx", "dx", "bx", "sp", "bp", "si", "di")}
 
@@ -173,40 +160,6 @@ def test_every_effective_address(code32: bool) -> None:
                 assert form.segment == (SS if on_stack else DS)
 
 
-class Silicon:
-    """The emulated processor in flat 32-bit code at CPL 0, asked whether it knows an instruction."""
-
-    _REGISTERS = (UC_X86_REG_EAX, UC_X86_REG_ECX, UC_X86_REG_EDX, UC_X86_REG_EBX, UC_X86_REG_ESP,
-                  UC_X86_REG_EBP, UC_X86_REG_ESI, UC_X86_REG_EDI)
-
-    def __init__(self) -> None:
-        self._uc = Uc(UC_ARCH_X86, UC_MODE_32)
-        self._uc.ctl_set_cpu_model(UC_CPU_X86_EPYC)
-        self._uc.mem_map(0, 0x200000)
-        self._uc.reg_write(UC_X86_REG_CR4, flags.CR4_OSFXSR | flags.CR4_OSXMMEXCPT)
-        self._reset = self._uc.context_save()
-        self._raised: list[int] = []
-        self._uc.hook_add(UC_HOOK_INTR, self._exception)
-
-    def _exception(self, uc: Uc, vector: int, data: object) -> None:
-        self._raised.append(vector)
-        uc.emu_stop()
-
-    def refuses(self, code: bytes) -> bool:
-        """Whether it raises #UD."""
-        self._raised.clear()
-        self._uc.context_restore(self._reset)
-        for register in self._REGISTERS:
-            self._uc.reg_write(register, 0x100000)
-        self._uc.mem_write(EIP, code)
-        self._uc.ctl_remove_cache(EIP, EIP + 0x20)
-        try:
-            self._uc.emu_start(EIP, EIP + 0x800, count=1)
-        except UcError as error:
-            return bool(error.errno == UC_ERR_INSN_INVALID)
-        return 6 in self._raised
-
-
 def test_what_is_undefined() -> None:
     """The whole opcode space.  Capstone knows more extensions; where it disagrees, the silicon decides."""
     cs, silicon = DISASSEMBLERS[True], Silicon()
@@ -218,7 +171,7 @@ def test_what_is_undefined() -> None:
         if undefined == (known is None):
             continue
         name = known[2].split()[-1] if known is not None else ""
-        refused = silicon.refuses(code)
+        refused = silicon.run(code) == Vector.UD
         excused = name in errata.LENIENT_SILICON if undefined else form.entry.opcode in errata.STRICT_SILICON
         if refused != undefined and not excused:
             wrong.append(f"{code.hex()} {form.entry.mnemonic}, capstone {name}, silicon {refused}")

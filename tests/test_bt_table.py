@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.bt_encodings import encodings
+from tests.bt_silicon import Silicon
 from vmm.bt import table
 from vmm.bt.decode import decode
 from vmm.bt.table import ENDS_UNIT, SLOTS, Entry, Kind, Map, Unit
@@ -88,3 +90,36 @@ def test_a_bad_row_is_refused(row: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(table.x87, "ROWS", row)
     with pytest.raises((ValueError, KeyError)):
         table._build()
+
+
+#: kinds that execute on their own, without a machine around them
+PLAIN = {Kind.IDENT, Kind.INC_DEC, Kind.LEGACY}
+#: prefixes that make no difference to flags
+OTHER_PREFIXES = {0x67, 0x2E, 0x64}
+#: FCOMI and its like clear OF, SF and AF (APM vol. 5); the silicon leaves them alone
+CLEARS_TOO_LITTLE = {"fcomi", "fucomi", "fcompi", "fucompi"}
+
+
+def test_flags_as_the_silicon_has_them() -> None:
+    """What is not written stays; what is written and not read depends on no flag."""
+    silicon = Silicon()
+    executed = 0
+    for code, code32, one in encodings():
+        # memory would keep the result of the first run; with 66 and F3 the silicon takes 66 to be mandatory
+        in_register = not one.modrm or decode(code, 0, code32).mod == 3
+        usual = code[0] not in OTHER_PREFIXES and code[:2] != b"\x66\xf3"
+        if not (code32 and usual and in_register and one.kind in PLAIN):
+            continue
+        ones = ARITHMETIC & ~one.flags_read
+        if silicon.run(code, flags.RFLAGS_ONE) is not None:
+            continue
+        after_zeros = silicon.eflags
+        assert silicon.run(code, flags.RFLAGS_ONE | ones) is None
+        after_ones = silicon.eflags
+        kept = ARITHMETIC & ~one.flags_written
+        assert after_zeros & kept == 0 and after_ones & kept == ones & kept, one.opcode
+        set_anew = one.flags_written & ~one.flags_read & ~one.flags_undefined & ARITHMETIC
+        if one.mnemonic not in CLEARS_TOO_LITTLE:
+            assert (after_zeros ^ after_ones) & set_anew == 0, one.opcode
+        executed += 1
+    assert executed > 1000
