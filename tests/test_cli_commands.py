@@ -208,13 +208,13 @@ def test_images_are_added_listed_and_removed(ctl: Ctl, served: ServedHost) -> No
 def test_a_pulled_image_is_registered(ctl: Ctl, served: ServedHost, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = served.socket.parent / "kernel"
     pulled = PulledImage(kernel, kernel, "console=ttyS0", "6.1")
-    monkeypatch.setattr("hostd.ctl.images.build_debian", lambda progress: pulled)
+    monkeypatch.setattr("hostd.ctl.images.build_debian", lambda progress, recipe: pulled)
     assert "Debian 6.1" in ctl("image", "pull", "debian").stdout
     assert served.host.images["debian"].append == "console=ttyS0"
 
 
 def test_a_pull_that_fails_says_why(ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(progress: object) -> PulledImage:
+    def fail(progress: object, recipe: object) -> PulledImage:
         raise PullError("apt knows no package")
 
     monkeypatch.setattr("hostd.ctl.images.build_debian", fail)

@@ -12,7 +12,7 @@ import pytest
 from hostd.ctl import pull
 from hostd.ctl.cpio import CpioArchive
 from hostd.ctl.initramfs import InitramfsError, build
-from hostd.ctl.pull import PullError, build_debian
+from hostd.ctl.pull import RECIPES, PullError, build_debian
 
 
 def members(archive: bytes) -> dict[str, tuple[int, bytes]]:
@@ -155,6 +155,54 @@ def test_missing_package_lists_are_told_with_the_cure(
     monkeypatch.setattr(pull, "_run", lambda command, check: "")
     with pytest.raises(PullError, match="run 'apt-get update' as root first"):
         build_debian(tmp_path)
+
+
+I386_SHOWN = """\
+Package: linux-image-686
+Version: 6.1.8-1
+Architecture: i386
+Depends: linux-image-6.1.0-8-686 (= 6.1.8-1)
+
+Package: busybox-static
+Version: 1:1.35.0-4
+"""
+
+
+def test_an_image_of_another_architecture_names_it_to_apt(
+    apt: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = pull._run
+
+    def run(command: list[str], cwd: Path | None = None, check: bool = True) -> str:
+        answer = played(command, cwd, check)
+        return I386_SHOWN if command[0] == "apt-cache" else answer
+
+    monkeypatch.setattr(pull, "_run", run)
+    image = build_debian(tmp_path / "cache", recipe=RECIPES["debian-i386"])
+    assert image.version.startswith("6.1.8-1+busybox-1.35.0-4")
+    assert apt[0][-2:] == ["linux-image-686:i386", "busybox-static:i386"]
+    assert apt[1][-2:] == ["linux-image-6.1.0-8-686:i386=6.1.8-1", "busybox-static:i386=1:1.35.0-4"]
+
+
+def test_images_in_the_cache_are_not_taken_for_one_another(
+    apt: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = build_debian(tmp_path)
+    image.kernel.parent.rename(tmp_path / "debian-i386-pae-6.1.9-1")
+    monkeypatch.setattr(pull, "_run", lambda command, check: "")
+    assert build_debian(tmp_path, recipe=RECIPES["debian-i386-pae"]).version == "6.1.9-1"
+    for name in ("debian", "debian-i386"):
+        with pytest.raises(PullError):
+            build_debian(tmp_path, recipe=RECIPES[name])
+
+
+def test_an_architecture_apt_does_not_know_is_told_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pull, "_run", lambda command, check: "")
+    cure = "linux-image-686:i386: run 'dpkg --add-architecture i386 && apt-get update' as root first"
+    with pytest.raises(PullError, match=cure):
+        build_debian(tmp_path, recipe=RECIPES["debian-i386"])
 
 
 def test_a_tool_that_fails_or_is_missing_is_told_in_a_sentence() -> None:

@@ -12,7 +12,7 @@ import click
 from hostd.ctl.client import Client
 from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import dash, print_json, print_table, size
-from hostd.ctl.pull import PullError, build_debian
+from hostd.ctl.pull import RECIPES, PullError, build_debian
 from hostd.ctl.session import Session, format_option, pass_session
 from hostd.model import ImageSpec
 
@@ -32,14 +32,15 @@ def register(client: Client, name: str, kernel: Path, initrd: Path | None, appen
 
 
 @image_command.command("pull")
-@click.argument("what", type=click.Choice(["debian"]))
+@click.argument("what", type=click.Choice(list(RECIPES)))
 @click.option("--name", default=None, help="What to call it (default: as it is).")
 @pass_session
 def pull(session: Session, what: str, name: str | None) -> None:
-    """Get Debian's cloud kernel and busybox by apt, and make a bootable image of them."""
+    """Get a kernel of Debian's and busybox by apt, and make a bootable image of them: the cloud kernel
+    (debian), or one for 32-bit PCs (debian-i386), with large physical addresses (debian-i386-pae)."""
     session.client.host()  # a daemon that is not there is told before the download
     try:
-        image = build_debian(progress=lambda text: click.echo(text, err=True))
+        image = build_debian(progress=lambda text: click.echo(text, err=True), recipe=RECIPES[what])
     except PullError as error:
         raise CtlError(str(error)) from None
     register(session.client, name or what, image.kernel, image.initrd, image.append)

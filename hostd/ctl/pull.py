@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`hostctl image pull debian`: Debian's cloud kernel and static busybox, by apt, made into a bootable image.
+"""`hostctl image pull`: a kernel of Debian's and its static busybox, by apt, made into a bootable image.
 
 Nothing here needs root or a daemon: `apt-get download` fetches the packages apt would install into a
 directory of ours, they are unpacked there, and the finished kernel and initramfs are kept in the user's cache
@@ -18,25 +18,52 @@ from pathlib import Path
 
 from hostd.ctl import initramfs
 
-META_PACKAGE = "linux-image-cloud-amd64"
-BUSYBOX_PACKAGE = "busybox-static"
-
 # Every word earns its place.  loglevel=3: no complaints about hardware a virtual machine lacks (an oops shows
 # in full at any level).  tsc=reliable, no_timer_check: the clock and the timer are not doubted.  nokaslr,
 # mitigations=off: no time is spent on hiding addresses, or on speculation that emulated silicon does not do.
 # panic=-1: a panic resets the machine at once.  8250.nr_uarts=1: only one serial port is probed.  The last
 # three stop what would wake an idle guest several times a second: the lockup watchdog, the averages of
 # pressure-stall information, and the memory controller's statistics.
-APPEND = (
+_APPEND = (
     "console=ttyS0 loglevel=3 tsc=reliable no_timer_check nokaslr mitigations=off panic=-1 8250.nr_uarts=1 "
     "nowatchdog psi=0 cgroup_disable=memory"
 )
+# The i386 kernels are made for any PC: they would test their ciphers and look for ISA cards, a second each.
+_APPEND_PC = f"{_APPEND} cryptomgr.notests noisapnp"
 
 Progress = Callable[[str], None]
 
 
 class PullError(Exception):
     """The image cannot be had; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an image is made of."""
+
+    name: str
+    #: the meta package that stands for the newest kernel of its kind
+    kernel: str
+    append: str = _APPEND
+    #: Debian's name of the guest's architecture, where it need not be the host's
+    architecture: str = ""
+
+    def package(self, name: str) -> str:
+        """A package as apt is to be asked for it."""
+        return f"{name}:{self.architecture}" if self.architecture else name
+
+
+_RECIPES = (
+    Recipe("debian", "linux-image-cloud-amd64"),
+    # Pages of a kernel without PAE are all executable, and stores to such cost the emulated silicon ten
+    # times more: this one is for what needs 32-bit page tables.
+    Recipe("debian-i386", "linux-image-686", _APPEND_PC, "i386"),
+    Recipe("debian-i386-pae", "linux-image-686-pae", _APPEND_PC, "i386"),
+)
+#: what can be pulled, by name
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
+BUSYBOX = "busybox-static"
 
 
 @dataclass(frozen=True)
@@ -55,51 +82,56 @@ def cache_directory() -> Path:
     return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "hostd"
 
 
-def build_debian(workdir: Path | None = None, progress: Progress = lambda text: None) -> PulledImage:
-    """The Debian image, from the cache in `workdir` (default: the user's) or freshly downloaded and built.
+def build_debian(
+    workdir: Path | None = None, progress: Progress = lambda text: None, recipe: Recipe = RECIPES["debian"]
+) -> PulledImage:
+    """An image of Debian, from the cache in `workdir` (default: the user's) or freshly downloaded and built.
 
     Without usable apt the newest image in the cache does; without that either, `PullError`.
     """
     cache = workdir if workdir is not None else cache_directory()
     try:
-        kernel, busybox = _resolve()
+        kernel, busybox = _resolve(recipe)
     except PullError:
-        if (newest := _newest(cache)) is not None:
+        if (newest := _newest(cache, recipe)) is not None:
             return newest
         raise
-    recipe = hashlib.sha256(initramfs.recipe()).hexdigest()[:8]
-    version = f"{kernel.version}+busybox-{busybox.version.rpartition(':')[2]}+{recipe}"
-    target = cache / f"debian-{version}"
+    key = hashlib.sha256(initramfs.recipe()).hexdigest()[:8]
+    version = f"{kernel.version}+busybox-{busybox.version.rpartition(':')[2]}+{key}"
+    target = cache / f"{recipe.name}-{version}"
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".pull-", dir=cache) as scratch:
             _build(Path(scratch), target, kernel, busybox, progress)
-    return _image(target)
+    return _image(target, recipe)
 
 
 @dataclass(frozen=True)
 class _Package:
+    #: with its architecture, if that is not the host's
     name: str
     version: str
 
 
-def _resolve() -> tuple[_Package, _Package]:
+def _resolve(recipe: Recipe) -> tuple[_Package, _Package]:
     """The kernel package the meta package stands for, and busybox, at the versions apt would install."""
-    shown = _run(["apt-cache", "show", "--no-all-versions", META_PACKAGE, BUSYBOX_PACKAGE], check=False)
+    wanted = {name: recipe.package(name) for name in (recipe.kernel, BUSYBOX)}
+    shown = _run(["apt-cache", "show", "--no-all-versions", *wanted.values()], check=False)
     fields = {
         stanza["Package"]: stanza
         for stanza in (dict(re.findall(r"^(\w+): (.*)$", text, re.M)) for text in shown.split("\n\n"))
         if "Package" in stanza
     }
-    for name in (META_PACKAGE, BUSYBOX_PACKAGE):
+    for name, package in wanted.items():
         if name not in fields:
-            raise PullError(
-                f"apt knows no package {name}: run 'apt-get update' as root first, on a Debian system"
-            )
-    match = re.search(r"(linux-image-[\w.+~-]+) \(= ([^)]+)\)", fields[META_PACKAGE].get("Depends", ""))
+            cure = "apt-get update"
+            if recipe.architecture:
+                cure = f"dpkg --add-architecture {recipe.architecture} && {cure}"
+            raise PullError(f"apt knows no package {package}: run '{cure}' as root first, on a Debian system")
+    match = re.search(r"(linux-image-[\w.+~-]+) \(= ([^)]+)\)", fields[recipe.kernel].get("Depends", ""))
     if match is None:
-        raise PullError(f"{META_PACKAGE} names no kernel package among its dependencies")
-    return _Package(match[1], match[2]), _Package(BUSYBOX_PACKAGE, fields[BUSYBOX_PACKAGE]["Version"])
+        raise PullError(f"{recipe.kernel} names no kernel package among its dependencies")
+    return _Package(recipe.package(match[1]), match[2]), _Package(wanted[BUSYBOX], fields[BUSYBOX]["Version"])
 
 
 def _build(scratch: Path, target: Path, kernel: _Package, busybox: _Package, progress: Progress) -> None:
@@ -133,14 +165,15 @@ def _only(tree: Path, pattern: str) -> Path:
     raise PullError(f"the downloaded packages hold no file {pattern}")
 
 
-def _newest(cache: Path) -> PulledImage | None:
-    images = sorted(cache.glob("debian-*/initrd"), key=lambda path: path.stat().st_mtime)
-    return _image(images[-1].parent) if images else None
+def _newest(cache: Path, recipe: Recipe) -> PulledImage | None:
+    # versions begin with a digit, what follows in a longer name of an image does not
+    images = sorted(cache.glob(f"{recipe.name}-[0-9]*/initrd"), key=lambda path: path.stat().st_mtime)
+    return _image(images[-1].parent, recipe) if images else None
 
 
-def _image(directory: Path) -> PulledImage:
-    version = directory.name.removeprefix("debian-")
-    return PulledImage(directory / "vmlinuz", directory / "initrd", APPEND, version)
+def _image(directory: Path, recipe: Recipe) -> PulledImage:
+    version = directory.name.removeprefix(f"{recipe.name}-")
+    return PulledImage(directory / "vmlinuz", directory / "initrd", recipe.append, version)
 
 
 def _run(command: Sequence[str], cwd: Path | None = None, check: bool = True) -> str:
