@@ -142,7 +142,7 @@ class Cpu:
         self.kicker = Kicker(place.cpu_object, place.interrupt_request)
         # before the engine's memory goes, also at exit: no signal may reach a dead engine
         self._closed = weakref.finalize(self, self.kicker.close)
-        self.area.keep(self.q, self.d)
+        self.area.keep(self.regs.image)
         self.host_image = bytes(self.regs.image)
         self._host_save = b""
         self.resident: Guest | None = None
@@ -260,7 +260,7 @@ class Cpu:
         """The first half: the silicon saves the host to VM_HSAVE_PA, loads the guest, and runs it."""
         q, d, regs = self.q, self.d, self.regs
         regs.image[:] = guest.image
-        self.area.overlay_host(q, d)
+        self.area.overlay_host(regs.image)
         q[0] = guest.vmcb_pa
         q[at.RIP] = self.area.vmrun_stub
         d[regs.place.is_int] = 0
@@ -439,7 +439,7 @@ class Cpu:
         regs = self.regs
         regs.image[:] = guest.image
         state = regs.to_state()
-        self.area.overlay_host(self.q, self.d)
+        self.area.overlay_host(regs.image)
         self._run_stub(self.area.fxsave_stub)
         state.fxsave = bytes(self.area.fx)
         regs.image[:] = self.host_image

@@ -42,10 +42,13 @@ _EFER = 0x1D01
 _CR4 = 0x620         # PAE OSFXSR OSXMMEXCPT
 _CR0 = 0x8000_0033   # PG NE ET MP PE
 
-#: what `vmrun` saves of the host and then takes from the VMCB
-_OVERLAY = (*range(at.ES, at.FS), *range(at.GDTR, at.IDTR + 3), at.CR, at.CR + 3, at.CR + 4, at.EFER,
-            at.RFLAGS, at.CC_SRC, 4)
-_OVERLAY_WORDS = (at.CC_OP, at.DF, at.HFLAGS, at.HFLAGS2)
+#: what `vmrun` saves of the host and then takes from the VMCB, as quadwords of the register file
+_QUADS = ((at.ES, at.FS), (at.GDTR, at.IDTR + 3), (at.CR, at.CR + 1), (at.CR + 3, at.CR + 5),
+          (at.EFER, at.EFER + 1), (at.RFLAGS, at.RFLAGS + 1), (at.CC_SRC, at.CC_SRC + 1), (4, 5))
+#: and what the silicon derives from it, as doublewords: CC_OP DF HFLAGS HFLAGS2
+_WORDS = (at.CC_OP, at.HFLAGS2 + 1)
+#: the same as bytes
+_OVERLAY = (*((8 * start, 8 * end) for start, end in _QUADS), (4 * _WORDS[0], 4 * _WORDS[1]))
 
 #: MSRs the guest reads and writes without leaving: they live in the register file of the guest
 PASSED_MSRS = (0x174, 0x175, 0x176, 0xC000_0081, 0xC000_0082, 0xC000_0083, 0xC000_0084,
@@ -97,17 +100,14 @@ class HostArea:
         uc.reg_write(x86_const.UC_X86_REG_RFLAGS, RFLAGS_IF)
         uc.reg_write(x86_const.UC_X86_REG_RIP, self.vmrun_stub)
 
-    def keep(self, q: memoryview, d: memoryview) -> None:
+    def keep(self, image: memoryview) -> None:
         """Note the host's registers, to be laid over a guest's before `vmrun`."""
-        self._quads = tuple((index, q[index]) for index in _OVERLAY)
-        self._words = tuple((index, d[index]) for index in _OVERLAY_WORDS)
+        self._runs = tuple((slice(start, end), bytes(image[start:end])) for start, end in _OVERLAY)
 
-    def overlay_host(self, q: memoryview, d: memoryview) -> None:
+    def overlay_host(self, image: memoryview) -> None:
         """Put the host's registers over those that `vmrun` will load from the VMCB."""
-        for index, value in self._quads:
-            q[index] = value
-        for index, value in self._words:
-            d[index] = value
+        for run, value in self._runs:
+            image[run] = value
 
     def host_save(self) -> bytes:
         """The host state `vmrun` saved, but for RAX and CR2, as bytes to compare."""
