@@ -69,7 +69,8 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def bzimage(payload: bytes, *, version: int = 0x20F, setup_sects: int = 2, cmdline_size: int = 2047,
-            initrd_addr_max: int = 0x7FFFFFFF, length: int | None = None) -> bytes:
+            initrd_addr_max: int = 0x7FFFFFFF, length: int | None = None, loadflags: int = 1,
+            code32_start: int = 0x100000, pref_address: int = 0x200000, init_size: int = 0x10000) -> bytes:
     """A bzImage whose unpacking code is 64 bytes of HLT."""
     code = b"\xf4" * 64
     setup = bytearray(((setup_sects or 4) + 1) * 512)
@@ -78,10 +79,13 @@ def bzimage(payload: bytes, *, version: int = 0x20F, setup_sects: int = 2, cmdli
     setup[0x1FE:0x202] = b"\x55\xaa\xeb\x6a"
     setup[0x202:0x206] = b"HdrS"
     struct.pack_into("<H", setup, 0x206, version)
+    struct.pack_into("<I", setup, 0x1F4, -(-(len(code) + len(payload)) // 16))
+    setup[0x211] = loadflags
+    struct.pack_into("<I", setup, 0x214, code32_start)
     struct.pack_into("<I", setup, 0x22C, initrd_addr_max)
     struct.pack_into("<I", setup, 0x238, cmdline_size)
     struct.pack_into("<II", setup, 0x248, len(code), len(payload) if length is None else length)
-    struct.pack_into("<Q", setup, 0x250, 0xBAD)
+    struct.pack_into("<QQI", setup, 0x250, 0xBAD, pref_address, init_size)
     return bytes(setup) + code + payload
 
 

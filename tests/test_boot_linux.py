@@ -119,12 +119,46 @@ def test_setup_sects_zero_means_four() -> None:
     assert load(bzimage(KERNEL_64, setup_sects=0), memory_bytes=64 * MIB).kind == "bzimage"
 
 
+LZO = b"\x89LZO\0\r\n\x1a\n" + bytes(100)
+
+
+@pytest.mark.parametrize("payload", [b"", LZO])
+def test_what_cannot_be_unpacked_here_is_left_to_its_own_code(payload: bytes) -> None:
+    file = bzimage(payload, code32_start=0x100010)
+    image = load(file, initrd=b"i" * 5000, append="x", memory_bytes=64 * MIB)
+    code = file[-64 - len(payload):]
+    assert (image.kind, image.cpu.rip) == ("bzimage", 0x200010)
+    assert image.cpu.cr0 & 0x80000001 == 1 and image.cpu.cs.attributes == 0xC9B
+    assert Memory(image).read(0x200000, len(code)) == code
+    page = _zero_page(image)
+    assert struct.unpack_from("<I", page, 0x214) == (0x200010,)
+    assert page[0x1E8] > 0 and struct.unpack_from("<I", page, 0x21C) == (5000,)
+    assert unpack(file) is file
+
+
+def test_nothing_lies_where_a_kernel_unpacks_itself() -> None:
+    image = load(bzimage(LZO, init_size=62 * MIB - 8192), initrd=b"i" * 5000, memory_bytes=64 * MIB)
+    assert struct.unpack_from("<I", _zero_page(image), 0x218) == (64 * MIB - 8192,)
+    with pytest.raises(BootError, match="does not fit"):
+        load(bzimage(LZO, pref_address=MIB, init_size=63 * MIB - 4096), initrd=b"i" * 5000, memory_bytes=64 * MIB)
+
+
+def test_an_old_kernel_has_no_preferred_address() -> None:
+    assert load(bzimage(LZO, version=0x209), memory_bytes=64 * MIB).cpu.rip == 0x100000
+
+
 @pytest.mark.parametrize(("file", "words"), [
     (bzimage(KERNEL_64, version=0x207), "boot protocol 2.07"),
-    (bzimage(KERNEL_64, length=0), "truncated or corrupt"),
     (bzimage(KERNEL_64, length=1 << 31), "truncated or corrupt"),
     (bzimage(b"\x1f\x8b" + bytes(100)), "gzip payload is corrupt"),
-    (bzimage(b"what is this"), "unknown way"),
+    (bzimage(b"", code32_start=0xFFFFF), "entry point 0xfffff is outside"),
+    (bzimage(b"", code32_start=0x100040), "entry point 0x100040 is outside"),
+    (bzimage(b"", loadflags=0), "zImage"),
+    (bzimage(b"", init_size=1 << 31), "has only 64 MiB"),
+    (bzimage(b"", pref_address=1 << 40), "has only 64 MiB"),
+    (bzimage(b"", pref_address=0x90000, init_size=0x20000), "hole"),
+    (bzimage(bytes(1000), length=0)[:-100], "truncated: 964 bytes are left of 1072"),
+    (bzimage(b"")[:-64], "truncated"),
     (bzimage(COMPRESSORS["xz"](KERNEL_64)[:-100]), "unpacks to .* MiB|payload is corrupt"),
     (bzimage(COMPRESSORS["zstd"](KERNEL_64)[:-4] + struct.pack("<I", 10)), "corrupt"),
     (bzimage(COMPRESSORS["gzip"](KERNEL_64)[:-4] + struct.pack("<I", 1 << 26)), "corrupt"),

@@ -73,15 +73,17 @@ _FORMATS: dict[bytes, tuple[str, Callable[[Data, int], bytes]]] = {
 }
 
 
+def is_known(data: memoryview) -> bool:
+    """Whether a payload begins like one that `unpack` takes."""
+    return any(bytes(data[: len(magic)]) == magic for magic in (elf.MAGIC, *_FORMATS))
+
+
 def unpack(data: memoryview, limit: int) -> Data:
-    """The kernel proper, an ELF file of at most `limit` bytes, from a bzImage's payload."""
+    """The kernel proper, an ELF file of at most `limit` bytes, from a payload that `is_known`."""
     if bytes(data[:4]) == elf.MAGIC:
         return data
-    for magic, (name, decompress) in _FORMATS.items():
-        if bytes(data[: len(magic)]) == magic:
-            return _checked(name, decompress, data, limit)
-    raise BootError(f"the kernel's payload is corrupt, or compressed in an unknown way (it begins with "
-                    f"{bytes(data[:6]).hex(' ')})")
+    name, decompress = next(form for magic, form in _FORMATS.items() if bytes(data[: len(magic)]) == magic)
+    return _checked(name, decompress, data, limit)
 
 
 def _checked(name: str, decompress: Callable[[Data, int], bytes], data: memoryview, limit: int) -> bytes:
