@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests import hw_modes as modes
-from tests.hw_rig import Rig
+from tests.hw_rig import Rig, vector_of
 from vmm.monitor import StopReason
 
+GP = 13
 _ROUNDS = 20_000
 _SLICE_NS = 30_000
 _STOPPED = (StopReason.SLICE, StopReason.KICKED)
@@ -84,3 +85,19 @@ def test_calls_and_port_writes_are_all_carried_out(rig: Rig, mode: str) -> None:
     calls = machine.capture().cpu.gpr
     assert (calls[1] if mode == "sysenter" else calls[8], calls[3], counter.writes) == (_ROUNDS,) * 3
     assert slices > 10
+
+
+def test_a_stop_during_a_refused_port_access_is_no_endless_loop(
+        rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt that is pending before the rest of the block is undone must not come again and again."""
+    setup = modes.protected(b"\xba\x00\x05\x00\x00\xec\xf4", 3)           # mov edx, 0x500; in al, dx; hlt
+    machine = rig.machine(setup.state, setup.writes)
+    abort = rig.cpu._abort
+
+    def abort_and_interrupt() -> None:
+        abort()
+        rig.cpu.stop()
+
+    monkeypatch.setattr(rig.cpu, "_abort", abort_and_interrupt)
+    assert machine.go().reason is StopReason.HALTED
+    assert vector_of(machine) == GP
