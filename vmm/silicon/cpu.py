@@ -318,7 +318,10 @@ class Cpu:
 
     def _on_interrupt(self, _engine: int, number: int, _data: int) -> None:
         try:
-            if self._snapshot is not None:      # an aborted I/O instruction: its block runs out unheard
+            if self._snapshot is not None:
+                # An aborted I/O instruction: its block runs out unheard.  An interrupt that stayed pending
+                # would come again and again before the stop is looked at; `vmrun` returns and asks anew.
+                self._interrupt_request.value &= ~(at.INTERRUPT_HARD | at.INTERRUPT_VIRQ)
                 self._stop(self.handle)
                 return
             code = number - _EXIT_BASE
