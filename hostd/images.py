@@ -92,10 +92,8 @@ class Images:
         self._directory = state_dir / "images"
         for directory in self._blobs, self._unpacked, self._directory:
             storage.make_directory(directory)
-        self._images: dict[str, StoredImage] = {}
-        for path in sorted(self._directory.glob("*.json")):
-            image = msgspec.json.decode(path.read_bytes(), type=StoredImage)
-            self._images[image.name] = image
+        self._images = {image.name: image for image in
+                        storage.load_all(self._directory, StoredImage, self._check_whole)}
 
     # --- blobs
 
@@ -191,6 +189,14 @@ class Images:
         self.get(name)
         storage.remove(self._path(name))
         del self._images[name]
+
+    def _check_whole(self, image: StoredImage, stem: str) -> None:
+        """Raise ValueError for an image that is not what its file's name says, or that lacks its parts."""
+        if image.name != stem:
+            raise ValueError(f"it defines an image named {image.name}")
+        for sha256 in (image.kernel, image.initrd):
+            if sha256 and not (self._blobs / sha256).is_file():
+                raise ValueError(f"its blob {sha256} is gone")
 
     def _view(self, image: StoredImage) -> ImageView:
         size = sum((self._blobs / sha256).stat().st_size for sha256 in (image.kernel, image.initrd) if sha256)

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -14,8 +14,6 @@ import msgspec
 from hostd import storage
 from hostd.errors import Failed
 from hostd.model import Definition
-
-log = logging.getLogger(__name__)
 
 
 class Inventory:
@@ -35,19 +33,8 @@ class Inventory:
         os.close(self._lock)
 
     def load(self) -> list[Definition]:
-        """All definitions.  A file that is not one is set aside: one bad file does not stop the host."""
-        definitions = []
-        for path in sorted(self._directory.glob("*.json")):
-            try:
-                definition = msgspec.json.decode(path.read_bytes(), type=Definition)
-                if definition.name != path.stem:
-                    raise ValueError(f"it defines a VM named {definition.name}")
-            except (OSError, ValueError) as error:          # msgspec's errors are ValueErrors
-                log.error("definition set aside", extra={"file": str(path), "why": str(error)})
-                path.rename(path.with_suffix(".broken"))
-            else:
-                definitions.append(definition)
-        return definitions
+        """All definitions that can be read."""
+        return storage.load_all(self._directory, Definition, _check_name)
 
     def save(self, definitions: Sequence[Definition]) -> None:
         """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""
@@ -80,6 +67,12 @@ def _lock(path: Path) -> int:
         owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         raise Failed(f"another hostd (process {owner}) uses the state directory {path.parent}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with suppress(OSError):                     # a full disk: only the message above is the poorer for it
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
+
+
+def _check_name(definition: Definition, stem: str) -> None:
+    if definition.name != stem:
+        raise ValueError(f"it defines a VM named {definition.name}")

@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from hostd.errors import Failed
 
+log = logging.getLogger(__name__)
+
 #: names that begin so are half-made files; whatever a dead daemon left of them is removed at start
 PARTIAL = ".partial-"
+
+Kept = TypeVar("Kept", bound=msgspec.Struct)
 
 
 @contextmanager
@@ -65,3 +73,23 @@ def make_directory(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         for partial in path.glob(PARTIAL + "*"):
             partial.unlink()
+
+
+def load_all(directory: Path, kind: type[Kept], check: Callable[[Kept, str], None]) -> list[Kept]:
+    """What the JSON files of the directory hold, in the order of their names.
+
+    A file that cannot be read as a `kind`, or of which `check(value, stem of its name)` raises ValueError, is
+    set aside and told in the log: one bad file does not stop the host.
+    """
+    values = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            value = msgspec.json.decode(path.read_bytes(), type=kind)
+            check(value, path.stem)
+        except (OSError, ValueError) as error:          # msgspec's errors are ValueErrors
+            log.error("file set aside", extra={"file": str(path), "why": str(error)})
+            with suppress(OSError):
+                path.rename(path.with_suffix(".broken"))
+        else:
+            values.append(value)
+    return values
