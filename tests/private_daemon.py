@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ class PrivateDaemon:
     """A context manager: started at once, ended at the end."""
 
     def __init__(self, directory: Path, *, config: str = "", metrics: str = "127.0.0.1:0",
-                 env: dict[str, str] | None = None, activate: int | None = None) -> None:
-        """`config` is more text for the configuration file; `activate` is a listening socket to hand over."""
+                 env: dict[str, str] | None = None, activate: int | None = None,
+                 prefix: Sequence[str] = ()) -> None:
+        """`config` is more text for the configuration file; `activate` is a listening socket to hand over;
+        `prefix` is a command that executes the daemon's."""
         self.directory = directory
         self.socket = directory / "hostd.sock"
         self.config = directory / "hostd.toml"
@@ -52,8 +55,8 @@ class PrivateDaemon:
             command = [sys.executable, "-c", _ACTIVATE, str(activate), *command]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})},
-                pass_fds=() if activate is None else (activate,))
+                [*prefix, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **(env or {})}, pass_fds=() if activate is None else (activate,))
         self.client = httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)),
                                    base_url="http://hostd", timeout=SOON)
         try:
