@@ -34,7 +34,7 @@ from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import selftest
-from vmm.silicon.cpu import Cpu
+from vmm.silicon.cpu import Cpu, new_engine
 from vmm.silicon.layout import SiliconError
 from vmm.state import StateError
 
@@ -310,9 +310,10 @@ def main(arguments: list[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     logs.configure(level, format)
     channel = socket.socket(fileno=int(socket_fd))
+    engine = new_engine()
     pool = Pool(int(pool_bytes), int(pool_fd))
     try:
-        cpu = Cpu(pool)
+        cpu = Cpu(pool, engine)
         selftest.run(cpu)
     except SiliconError as error:
         sys.exit(f"hostd worker {index}: {error}")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostd.scheduler import LATENCY_BOUNDS_NS, RunQueue, Usage
-from hostd.scheduler.runqueue import SLICE_NS
+from hostd.scheduler.runqueue import LONE_TURN_NS, SLICE_NS
 from tests.simulation import MS, SECOND, run_cpu, weighted
 
 # -- one CPU
@@ -70,14 +70,41 @@ def test_an_overrun_slice_is_paid_back() -> None:
 
 def test_slices_are_between_two_and_six_milliseconds() -> None:
     queue = RunQueue()
+    queue.add("first", 100, 0, 0)
     for i in range(50):
         queue.add(f"guest{i}", 100, 0, 0)
         pick = queue.pick(0)
         assert pick is not None and 2 * MS <= pick.slice_ns <= 6 * MS
         queue.charge(pick.id, pick.slice_ns, 0)
-    alone = RunQueue()
-    alone.add("guest", 100, 0, 0)
-    assert alone.pick(0) == ("guest", 6 * MS)
+
+
+def test_a_guest_alone_runs_on_until_another_comes() -> None:
+    queue = RunQueue()
+    queue.add("a", 100, 0, 0)
+    assert queue.pick(0) == ("a", LONE_TURN_NS)
+    queue.charge("a", 10 * MS, 10 * MS)
+    assert queue.pick(10 * MS) == ("a", LONE_TURN_NS - 10 * MS)
+    queue.charge("a", MS, 11 * MS)
+    queue.add("b", 100, 0, 11 * MS)
+    queue.add("c", 1, 5, 11 * MS)
+    turns = []
+    now = 11 * MS
+    for _ in range(4):
+        pick = queue.pick(now)
+        assert pick is not None and pick.slice_ns <= SLICE_NS
+        now += pick.slice_ns
+        queue.charge(pick.id, pick.slice_ns, now)
+        turns.append(pick.id)
+    assert set(turns) >= {"a", "b"}
+
+
+def test_a_guest_alone_lets_a_throttled_one_back_in_time() -> None:
+    queue = RunQueue()
+    queue.add("capped", 100, 10, 0)
+    queue.add("free", 100, 0, 0)
+    run_cpu(queue, 0, 60 * MS)
+    pick = queue.pick(60 * MS)
+    assert pick is not None and pick.id == "free" and pick.slice_ns < LONE_TURN_NS
 
 
 def test_the_slice_can_be_chosen() -> None:

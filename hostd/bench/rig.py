@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from hostd.config import SchedulerSection
+from hostd.scheduler.runqueue import LONE_TURN_NS
 from vmm.boot.layout import Write
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
@@ -19,8 +19,8 @@ from vmm.silicon import tsc
 from vmm.silicon.cpu import Cpu
 from vmm.state import CpuState, MachineState
 
-#: the length of a turn in a worker, unless the configuration says otherwise
-SLICE_NS = int(SchedulerSection().slice_ms * 1e6)
+#: the length of a turn in a worker, for a guest that nobody competes with
+SLICE_NS = LONE_TURN_NS
 #: in all its time a rig hands out more frames than it has
 _NO_LIMIT = 1 << 62
 

@@ -29,6 +29,9 @@ SLICE_NS = 6 * MS
 SHORTEST_PART = 3
 #: ...and between the two such that all runnable guests together have a turn within this many full slices
 ROUND_SLICES = 4
+#: a guest that nobody competes with runs on for this long; who wakes meanwhile ends its turn, and every stop
+#: that is not needed is saved (the emulated silicon takes milliseconds to get back to its full speed)
+LONE_TURN_NS = 100 * MS
 #: a turn or an allowance shorter than this is not worth a world switch
 GRAIN_NS = MS // 10
 
@@ -214,6 +217,8 @@ class RunQueue:
             self._make_ready(heappop(throttled)[2])
         ready = self._ready
         guest = self._current
+        if guest is not None and ready and guest.slice_left > self._longest:
+            guest.slice_left = self._longest        # it was alone, and is not any more
         if guest is not None and (guest.slice_left < GRAIN_NS or (ready and ready[0][0] < guest.turn)):
             # Its slice is over, or one woke that would have been picked in its place.
             self._enqueue(ready, guest.tag, guest)
@@ -228,7 +233,7 @@ class RunQueue:
                 guest.turn = tag = guest.tag
                 if tag > self._virtual:
                     self._virtual = tag
-                guest.slice_left = min(self._longest, max(self._shortest, self._round // (len(ready) + 1)))
+                guest.slice_left = self._turn_length(now)
             slice_ns = guest.slice_left
             if guest.budget:
                 allowance = guest.allowance(now)
@@ -244,6 +249,15 @@ class RunQueue:
             self._current = guest
             return Pick(guest.id, slice_ns)
 
+    def _turn_length(self, now: int) -> int:
+        """For the guest just taken off the ready queue: by how many still compete with it."""
+        waiting = len(self._ready)
+        if waiting:
+            return min(self._longest, max(self._shortest, self._round // (waiting + 1)))
+        if self._throttled:
+            return min(LONE_TURN_NS, max(self._shortest, self._throttled[0][0] - now))
+        return LONE_TURN_NS
+
     def charge(self, id: str, ran_ns: int, now: int) -> None:
         """The guest picked last ran for `ran_ns`; the rest, up to now, it waited for the monitor."""
         guest = self._current
@@ -258,6 +272,10 @@ class RunQueue:
         guest.slice_left -= ran_ns
         if guest.budget:
             guest.spent += ran_ns
+        if not self._ready:
+            # alone, its turn might as well begin now: who wakes next must not be owed all of a long one
+            guest.turn = guest.tag
+            self._virtual = max(self._virtual, guest.tag)
 
     def next_event(self, now: int) -> int | None:
         """When the first guest held back by its cap may run again."""
