@@ -119,7 +119,7 @@ def new_engine() -> Uc:
     uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_EPYC)
     # no "until" address: an unmapped one acts as a hidden page fault
     uc.ctl_exits_enabled(True)
-    uc.reg_read(x86_const.UC_X86_REG_RIP)     # the first register access reserves the translated code's memory
+    uc.reg_read(x86_const.UC_X86_REG_RIP)     # the first access reserves the translated code's memory
     return uc
 
 
