@@ -140,7 +140,8 @@ def test_nothing_lies_where_a_kernel_unpacks_itself() -> None:
     image = load(bzimage(LZO, init_size=62 * MIB - 8192), initrd=b"i" * 5000, memory_bytes=64 * MIB)
     assert struct.unpack_from("<I", _zero_page(image), 0x218) == (64 * MIB - 8192,)
     with pytest.raises(BootError, match="does not fit"):
-        load(bzimage(LZO, pref_address=MIB, init_size=63 * MIB - 4096), initrd=b"i" * 5000, memory_bytes=64 * MIB)
+        kernel = bzimage(LZO, pref_address=MIB, init_size=63 * MIB - 4096)
+        load(kernel, initrd=b"i" * 5000, memory_bytes=64 * MIB)
 
 
 def test_an_old_kernel_has_no_preferred_address() -> None:

@@ -21,7 +21,8 @@ EXIT_PORT, CONSOLE, LINE_STATUS = 0xF4, 0x3F8, 0x3FD
 
 
 def test_names_and_paths() -> None:
-    assert guests.names() == sorted(build.KERNELS) == ["fuzz", "idle", "mix", "primes", "rogue", "triple"]
+    assert guests.names() == sorted((*build.KERNELS, *build.FLAT)) == [
+        "fuzz", "idle", "long", "mix", "primes", "real", "rogue", "triple"]
     assert guests.path("mix").read_bytes() == guests.read("mix")
     with pytest.raises(KeyError, match="there are fuzz, idle"):
         guests.path("../src/mix")
@@ -33,6 +34,23 @@ def test_images_are_small_multiboot_kernels(name: str) -> None:
     assert len(image) < 32 << 10
     assert multiboot.find_header(image) is not None
     assert load(image, memory_bytes=2 * MIB).kind == "multiboot"
+
+
+def test_a_flat_image_begins_with_a_boot_sector() -> None:
+    image = guests.read("real")
+    assert len(image) < 4096
+    assert load(image, memory_bytes=2 * MIB).kind == "flat"
+
+
+@needs("gcc")
+@pytest.mark.parametrize("name", sorted(build.FLAT))
+def test_flat_images_are_built_from_the_sources(name: str, tmp_path: Path) -> None:
+    rebuilt, kept = build.build(name, tmp_path).read_bytes(), guests.read(name)
+    # all of it is assembly: another assembler may choose other lengths of jumps, and nothing else
+    if build.toolchain() == build.TOOLCHAIN.read_text():
+        assert rebuilt == kept
+    else:
+        assert rebuilt[510:512] == kept[510:512] and abs(len(rebuilt) - len(kept)) < 64
 
 
 @needs("gcc")
@@ -116,6 +134,7 @@ _LEFT, _RESET = 1, 0
     ("idle", "ms=60 ticks=2", [b"idle: tick 1", b"idle: tick 2"], _LEFT),
     ("mix", "rounds=2", [b"mix: round 1, checksum 13ef71f3", b"mix: checksum 160d590a"], _LEFT),
     ("mix", "rounds=2 tasks=20", [b"mix: 20 tasks per round"], _LEFT),
+    ("long", "a=b", [b"long: in 64-bit mode", b"long: breakpoint: 0123456789abcdef", b"long: done"], _LEFT),
     ("triple", "", [b""], _RESET),
 ])
 def test_kernels_in_qemu(name: str, append: str, lines: list[bytes], status: int) -> None:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The project's own guest kernels: small multiboot images, built from `src/` by `build.py`.
+"""The project's own guest kernels: small multiboot images (and one flat), built from `src/` by `build.py`.
 
 =======  ===================================================================  =======================
 fuzz     a hostile guest: garbage to every port, to empty addresses, to MSRs   seed=1 rounds=20000 all
 idle     sleeps in HLT on a one-shot timer; prints `idle: tick N`              ms=1000 ticks=0
+long     switches itself to 64-bit mode; prints the sum of its module's bytes
 mix      paging, ring-3 tasks, preemption, fork, copy-on-write; a checksum     rounds=4 tasks=8
 primes   processor-bound; prints `primes: COUNT below LIMIT`                   limit=20000 loop
+real     flat: interrupts in real mode, 16-bit and 32-bit protected mode
 rogue    abuses its machine as its first word says (`src/rogue.c`)             flood wild ... at=N
 triple   triple-faults with its second instruction
 =======  ===================================================================  =======================
@@ -17,19 +19,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_HERE = Path(__file__).parent
+_IMAGES = {image.stem: image for image in Path(__file__).parent.iterdir() if image.suffix in (".elf", ".bin")}
 
 
 def names() -> list[str]:
     """The kernels there are, sorted."""
-    return sorted(image.stem for image in _HERE.glob("*.elf"))
+    return sorted(_IMAGES)
 
 
 def path(name: str) -> Path:
     """Where the kernel `name` is.  Raises KeyError for an unknown one."""
-    if name not in names():
+    if name not in _IMAGES:
         raise KeyError(f"no guest kernel {name!r}; there are {', '.join(names())}")
-    return _HERE / f"{name}.elf"
+    return _IMAGES[name]
 
 
 def read(name: str) -> bytes:

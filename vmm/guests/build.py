@@ -23,11 +23,14 @@ _TRAPS = ("trap.S", "trap.c")
 KERNELS: dict[str, tuple[str, ...]] = {
     "fuzz": (*_COMMON, *_TRAPS, "fuzz.c"),
     "idle": (*_COMMON, *_TRAPS, "idle.c"),
+    "long": ("header.S", "long.S"),
     "mix": (*_COMMON, *_TRAPS, "mix.c", "mix_memory.c", "mix_user.c"),
     "primes": (*_COMMON, "primes.c"),
     "rogue": (*_COMMON, *_TRAPS, "rogue.c", "rogue_wild.c"),
     "triple": ("header.S", "triple.S"),
 }
+#: the same for flat images
+FLAT: dict[str, tuple[str, ...]] = {"real": ("real.S",)}
 
 _FLAGS = [
     *("-m32", "-march=i686", "-mno-sse", "-mno-mmx", "-std=gnu11", "-Os"),
@@ -48,9 +51,12 @@ def toolchain() -> str:
 
 def build(name: str, directory: Path) -> Path:
     """Compile one kernel into `directory`.  Raises CalledProcessError with gcc's words on stderr."""
-    image = directory / f"{name}.elf"
+    if name in FLAT:
+        image, script, sources = directory / f"{name}.bin", "flat.ld", FLAT[name]
+    else:
+        image, script, sources = directory / f"{name}.elf", "guest.ld", KERNELS[name]
     subprocess.run(
-        ["gcc", *_FLAGS, "-T", "guest.ld", *KERNELS[name], "-o", str(image.absolute())],
+        ["gcc", *_FLAGS, "-T", script, *sources, "-o", str(image.absolute())],
         cwd=SOURCES,
         check=True,
     )
@@ -61,7 +67,7 @@ def main(arguments: list[str]) -> None:
     """Build every kernel; without a directory, replace the images in the tree and record the toolchain."""
     directory = Path(arguments[0]) if arguments else HERE
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        for name in KERNELS:
+        for name in (*KERNELS, *FLAT):
             image = build(name, Path(scratch))
             image.chmod(0o644)
             image.replace(directory / image.name)
