@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -35,10 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("hostd")
 
 DEFAULT_CONFIG = Path("/etc/hostd/hostd.toml")
-#: how long requests under way may take after the guests are stopped
-DRAIN_S = 1.0
-#: the largest WebSocket message, that is, piece of console input
-MAX_WEBSOCKET_MESSAGE = 1 << 20
 
 #: how old the status may be that the service manager shows
 STATUS_S = 2.0
@@ -99,6 +94,7 @@ def _run(configure: Callable[[], Config]) -> None:
 async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
     # The largest imports (numpy, the web stack) are done here, so that --version and --check-config have not
     # to wait for them; what the first answer of the API does not need comes after it.
+    from hostd import serving
     from hostd.api import make_app
     from hostd.host import Host
 
@@ -119,11 +115,11 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
             with trio.open_signal_receiver(*ENDING, signal.SIGHUP) as signals:
                 async with trio.open_nursery() as servers:
                     closing = trio.Event()
-                    await servers.start(_serve, make_app(host), api, closing)
+                    await servers.start(serving.serve, make_app(host), api, closing)
                     outer.start_soon(host.run)
                     if metrics is not None:
                         module = await trio.to_thread.run_sync(import_module, "hostd.metrics")
-                        await servers.start(_serve, module.make_metrics_app(host), metrics, closing)
+                        await servers.start(serving.serve, module.make_metrics_app(host), metrics, closing)
                     servers.start_soon(_watch, host, notifier)
                     notifier.ready(host.summary())
                     servers.start_soon(_tell_status, host, notifier)
@@ -132,28 +128,13 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                     notifier.stopping("stopping guests")
                     await _shut_down(signals, host)
                     closing.set()
-                    servers.cancel_scope.deadline = trio.current_time() + DRAIN_S
+                    servers.cancel_scope.deadline = trio.current_time() + serving.DRAIN_S
         finally:
             if own_socket is not None:
                 own_socket.unlink(missing_ok=True)
             host.close()
         outer.cancel_scope.cancel()
     log.info("stopped")
-
-
-async def _serve(app: object, listener: socket.socket, closing: trio.Event,
-                 task_status: trio.TaskStatus[object] = trio.TASK_STATUS_IGNORED) -> None:
-    """Serve an ASGI application on a listening socket until `closing`."""
-    from hypercorn.config import Config as HypercornConfig
-    from hypercorn.trio import serve
-
-    config = HypercornConfig()
-    config.bind = [f"fd://{listener.detach()}"]
-    config.graceful_timeout = DRAIN_S
-    config.errorlog = logging.getLogger("hypercorn.error")
-    config.include_server_header = False
-    config.websocket_max_message_size = MAX_WEBSOCKET_MESSAGE
-    await serve(app, config, shutdown_trigger=closing.wait, task_status=task_status)  # type: ignore[arg-type]
 
 
 async def _obey(signals: AsyncIterator[int], host: Host, configure: Callable[[], Config],
