@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Translated code run by as little monitor as possible: flat memory, and every callout ends the run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vmm.bt.cache import Callout, Edge, TranslationCache
+from vmm.bt.mode import Mode
+from vmm.bt.native.block import R8, REGISTERS, RIP
+from vmm.bt.native.cpu import NativeCpu
+from vmm.bt.native.jumptable import JumpTable
+from vmm.bt.native.trampolines import FAULT, MISS, PREEMPTED
+from vmm.bt.native.windows import MappingBudget, Window
+from vmm.bt.unit import Mark
+from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
+
+FLAT = Mode()
+
+
+class PageFault(Exception):
+    """Code was fetched where there is no memory."""
+
+
+class Stop(NamedTuple):
+    """Why the guest stopped, and where.  For a page fault: the address and the error code."""
+
+    why: str
+    eip: int
+    vector: int = -1
+    address: int = -1
+    error: int = -1
+
+
+class Guest:
+    """One vCPU; its memory is the pool, from linear address 0."""
+
+    def __init__(self, memory: int = 4 << 20, arena: int = 2 << 20, stubs: int = 16384) -> None:
+        self.cpu = NativeCpu(arena, stubs)
+        self.pool = Pool(memory)
+        self.window = Window(self.pool, MappingBudget())
+        self.table = JumpTable()
+        self.cache = TranslationCache(self.cpu.arena)
+        self.block = self.cpu.new_block()
+        self.block.set("window", self.window.base)
+        self.block.set("jump_table", self.table.base)
+        self.pages = memory >> PAGE_SHIFT
+        self.window.map(0, 0, self.pages, writable=True)
+        self.memory = self.pool.view
+        self.cpu.prepare()
+
+    def fetch(self, page: int) -> memoryview:
+        if page >= self.pages:
+            raise PageFault
+        return self.memory[page << PAGE_SHIFT:(page << PAGE_SHIFT) + PAGE]
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write to memory; translations of what was there are gone."""
+        self.memory[address:address + len(data)] = data
+        for page in range(address >> PAGE_SHIFT, (address + len(data) - 1 >> PAGE_SHIFT) + 1):
+            self.cache.invalidate(0, page)
+
+    @property
+    def registers(self) -> list[int]:
+        return [self.block.q[index] for index in REGISTERS]
+
+    @registers.setter
+    def registers(self, values: list[int]) -> None:
+        for index, value in zip(REGISTERS, values):
+            self.block.q[index] = value
+
+    def run(self, eip: int, mode: Mode = FLAT, limit: int = 1_000_000) -> Stop:
+        """Run from `eip` to a callout or a fault, or until the guest left its code `limit` times."""
+        cache, cpu, block = self.cache, self.cpu, self.block
+        try:
+            address = cache.get(mode, eip, self.fetch).address
+            for _ in range(limit):
+                left = cpu.enter(block, address)
+                if left >= 0:
+                    what = cache.exits[left]
+                    if isinstance(what, Callout):
+                        return Stop("callout", what.eip)
+                    assert isinstance(what, Edge)
+                    eip = what.successor.eip
+                    address = cache.follow(what, self.fetch).address
+                elif left == MISS:
+                    eip = block.q[R8]
+                    found = cache.get(mode, eip, self.fetch)
+                    cache.publish(found, self.table)
+                    address = found.address
+                elif left == PREEMPTED:
+                    address = cache.resume_at(block.q[RIP])
+                else:
+                    assert left == FAULT
+                    return self._fault()
+        except PageFault:
+            return Stop("fetch", eip)
+        return Stop("limit", eip)
+
+    def _fault(self) -> Stop:
+        fault = self.block.fault()
+        eip = self.cache.eip_at(fault.rip)
+        assert eip is not None
+        if fault.vector != 14:
+            return Stop("fault", eip, fault.vector)
+        return Stop("fault", eip, 14, fault.address - self.window.base, fault.error & 2)
+
+    def marks(self) -> list[tuple[int, list[Mark]]]:
+        """Every unit, by its place in the cache, with the marks of its instructions."""
+        return [(unit.eip, [piece.mark for piece in unit.pieces]) for unit in self.cache.units()]
+
+    def close(self) -> None:
+        self.block.close()
+        self.window.close()
+        self.table.close()
+        self.cpu.close()

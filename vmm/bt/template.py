@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is known about the translation of an instruction before its displacement and immediate are.
+
+Forms of instructions are few (`vmm.bt.decode`), so the host code of each is worked out once and kept as a
+template, which a translation fills in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from vmm.bt.decode import Instruction
+from vmm.bt.mode import Mode
+from vmm.bt.unit import Mark
+
+Code: TypeAlias = bytes | memoryview
+
+
+class Template(NamedTuple):
+    """Host code: `head`, then the guest's bytes from `tail_at` on; or what `emit` makes of the guest's.
+
+    `emit` may find that the monitor has to execute the instruction, and yields None then.
+    """
+
+    mark: Mark
+    head: bytes
+    tail_at: int
+    emit: Callable[[Code, int], bytes | None] | None = None
+
+
+class Exit(NamedTuple):
+    """A direct jump out of a unit.  Offsets count from the beginning of what it is in."""
+
+    #: the jump, its 32-bit displacement, and where it leads in the guest
+    at: int
+    site: int
+    eip: int
+    #: the branch of a conditional jump, else what follows it
+    taken: bool = False
+    #: the monitor is to execute the instruction at `eip`
+    callout: bool = False
+
+
+class Ending(NamedTuple):
+    """Host code of the instruction that ends a unit: its address decides what it is."""
+
+    mark: Mark
+    emit: Callable[[Code, int, int], tuple[bytes, tuple[Exit, ...]]]
+
+
+#: makes the template of a form; None when the monitor has to execute the instruction
+Builder: TypeAlias = Callable[[Instruction, Mode], Template | None]
+EndingBuilder: TypeAlias = Callable[[Instruction, Mode], Ending | None]
+
+#: jmp rel32
+JMP = b"\xE9"
+#: room for a displacement that the cache fills in
+REL32 = bytes(4)
+
+
+def fixed(mark: Mark, form: Instruction, code: bytes) -> Template:
+    """Host code in which nothing of the guest's appears."""
+    return Template(mark, code, form.length)
+
+
+def spliced(mark: Mark, form: Instruction, before: bytes, middle: bytes = b"", after: bytes = b"",
+            immediate: bool = True) -> Template:
+    """`before`, the displacement, `middle`, the immediate (if wanted), `after`."""
+    disp, disp_end = (form.disp_at, form.disp_at + form.disp_size) if form.disp_size else (0, 0)
+    imm, imm_end = (form.imm_at, form.imm_at + form.imm_size) if immediate and form.imm_size else (0, 0)
+    if not middle and not after and (immediate or not form.imm_size):
+        return Template(mark, before, form.length - form.disp_size - form.imm_size)
+
+    def emit(code: Code, at: int) -> bytes:
+        return b"".join((before, code[at + disp:at + disp_end], middle, code[at + imm:at + imm_end], after))
+    return Template(mark, b"", 0, emit)
