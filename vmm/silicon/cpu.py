@@ -51,7 +51,8 @@ _PLAIN_HOOK = ctypes.CFUNCTYPE(None, _V, _V)
 _MMIO_READ = ctypes.CFUNCTYPE(ctypes.c_uint64, _V, ctypes.c_uint64, ctypes.c_uint, _V)
 _MMIO_WRITE = ctypes.CFUNCTYPE(None, _V, ctypes.c_uint64, ctypes.c_uint, ctypes.c_uint64, _V)
 
-_TLB_SIZING_NS = 20_000_000
+#: a guest that stays on the CPU has its TLB flushed at intervals that double from the first to the second
+_TLB_FIRST_NS, _TLB_LONGEST_NS = 5_000_000, 1_000_000_000
 #: an intercept arrives as an interrupt of this number plus its exit code
 _EXIT_BASE = 0x100
 VMEXIT_INVALID = ExitCode.INVALID & (1 << 64) - 1
@@ -160,6 +161,7 @@ class Cpu:
         #: world switches into a guest, since the CPU was made
         self.switches = 0
         self._tlb_due = 0
+        self._tlb_interval = _TLB_FIRST_NS
         self._exit = 0
         self._left = False
         self._failure: BaseException | None = None
@@ -216,14 +218,16 @@ class Cpu:
         self._ctl(_V(self.handle), ctypes.c_int(_TLB_FLUSH))
 
     def size_tlb(self, now_ns: int) -> None:
-        """Let the TLB grow to what the guest uses, or shrink: the silicon resizes it when it is flushed only.
+        """Let the TLB grow to what the guest uses: the silicon resizes it only when it is flushed.
 
         World switches flush; a guest that has the CPU for itself would keep the smallest TLB for ever, and
-        walk two sets of page tables at every miss.  To be called now and then; flushes a few times a second.
+        walk two sets of page tables at every miss.  To be called now and then; it flushes at ever longer
+        intervals while a guest stays.
         """
         if now_ns >= self._tlb_due:
-            self._tlb_due = now_ns + _TLB_SIZING_NS
             self.flush_tlb()
+            self._tlb_due = now_ns + self._tlb_interval
+            self._tlb_interval = min(2 * self._tlb_interval, _TLB_LONGEST_NS)
 
     def invalidate(self, first: int, count: int) -> None:
         """Frames whose bytes were changed from outside the CPU: forget what was translated from them."""
@@ -281,6 +285,7 @@ class Cpu:
         self._monitor = monitor = guest.monitor
         self._port_in, self._port_out = monitor.port_in, monitor.port_out
         self.switches += 1
+        self._tlb_interval = _TLB_FIRST_NS
         error = self._start(self.handle, q[at.RIP], 0, 0, 0)
         # a stop can land before `vmrun` itself: the host's state must not be taken for the guest's
         while not error and not d[at.HFLAGS] & at.HF_GUEST:
