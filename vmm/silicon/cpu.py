@@ -26,7 +26,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, UcError, unicorn_const, x86_const
 from unicorn.unicorn_py3.unicorn import uclib
@@ -35,11 +35,11 @@ from vmm.consistency import is_consistent
 from vmm.exitcodes import ExitCode
 from vmm.memory.pool import PAGE_SHIFT, Pool
 from vmm.silicon import layout as at
+from vmm.silicon.guest import CpuShutdown, EngineFault, Guest, InstructionAborted, Monitor
 from vmm.silicon.hostarea import DEVICE_WINDOW, DEVICE_WINDOW_BYTES, HostArea
 from vmm.silicon.kick import Kicker
 from vmm.silicon.registers import Registers
 from vmm.state import CpuState
-from vmm.vmcb import Vmcb
 from vmm.x86.faults import Vector
 from vmm.x86.flags import EFER_SVME, RFLAGS_VM
 
@@ -65,49 +65,6 @@ def _ctl_write(kind: int, arguments: int) -> int:
 
 _TLB_FLUSH = _ctl_write(unicorn_const.UC_CTL_TLB_FLUSH, 0)
 _TB_REMOVE = _ctl_write(unicorn_const.UC_CTL_TB_REMOVE_CACHE, 2)
-
-
-class CpuShutdown(Exception):
-    """The host state #VMEXIT would load is inconsistent; this CPU is lost (APM vol. 2, 15.6)."""
-
-
-class EngineFault(Exception):
-    """The silicon refused to go on with the guest (fetch from a device, and the like)."""
-
-
-class InstructionAborted(Exception):
-    """Raised by a port handler: the I/O instruction must fault instead of completing."""
-
-
-class Monitor(Protocol):
-    """What the CPU asks of the monitor of the running guest; registers are live during every call.
-
-    `intercepted` returns whether the exit was completed in place.  `port_in` and `port_out` may raise
-    InstructionAborted; then `aborted` is called with the registers back at the start of the instruction.
-    """
-
-    def intercepted(self, code: int) -> bool: ...
-    def software_interrupt(self, vector: int) -> bool: ...
-    def syscall(self) -> None: ...
-    def sysenter(self) -> None: ...
-    @property
-    def port_in(self) -> Callable[[int, int], int]: ...
-    @property
-    def port_out(self) -> Callable[[int, int, int], None]: ...
-    def mmio_read(self, gpa: int, size: int) -> int: ...
-    def mmio_write(self, gpa: int, size: int, value: int) -> None: ...
-    def aborted(self) -> bool: ...
-
-
-class Guest:
-    """What a CPU keeps of a guest that is not on it: its VMCB, and the registers outside the VMCB."""
-
-    def __init__(self, vmcb_pa: int, page: memoryview, monitor: Monitor, image: bytes) -> None:
-        self.vmcb_pa = vmcb_pa
-        self.page = page
-        self.vmcb = Vmcb(page)
-        self.monitor = monitor
-        self.image = bytearray(image)
 
 
 def new_engine() -> Uc:
