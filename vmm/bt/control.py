@@ -39,8 +39,9 @@ def _next(form: Instruction, eip: int) -> int:
 def _jcc(form: Instruction, mode: Mode) -> Ending:
     both = bytes([0x0F, 0x80 | form.opcode & 15]) + REL32 + _JUMP
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return both, (Exit(0, 2, form.target(code, at, eip), True), Exit(6, 7, _next(form, eip)))
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
+        return both, (Exit(base, base + 2, form.target(code, at, eip), True),
+                      Exit(base + 6, base + 7, _next(form, eip)))
     return Ending(Mark.JCC, emit)
 
 
@@ -50,14 +51,15 @@ def _loop(form: Instruction, mode: Mode) -> Ending | None:
     # loop +2; jmp +5; jmp [taken]; jmp [what follows]
     every = bytes([0x67, form.opcode, 2, 0xEB, 5]) + _JUMP + _JUMP
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return every, (Exit(5, 6, form.target(code, at, eip), True), Exit(10, 11, _next(form, eip)))
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
+        return every, (Exit(base + 5, base + 6, form.target(code, at, eip), True),
+                       Exit(base + 10, base + 11, _next(form, eip)))
     return Ending(Mark.JCC, emit)
 
 
 def _jmp(form: Instruction, mode: Mode) -> Ending:
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return jump(form.target(code, at, eip), taken=True)
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
+        return jump(form.target(code, at, eip), base, taken=True)
     return Ending(Mark.JMP, emit)
 
 
@@ -69,9 +71,9 @@ def _call(form: Instruction, mode: Mode) -> Ending | None:
     if not mode.stack or form.opsize == 2:
         return None
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         pushed = _push_next(form, eip)
-        host, exits = jump(form.target(code, at, eip), len(pushed), taken=True)
+        host, exits = jump(form.target(code, at, eip), base + len(pushed), taken=True)
         return pushed + host, exits
     return Ending(Mark.CALL, emit)
 
@@ -81,7 +83,7 @@ def _ret(form: Instruction, mode: Mode) -> Ending | None:
         return None
     pop = load_r8(4)
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         dropped = form.immediate(code, at) & 0xFFFF
         return pop + move_esp(4 + dropped) + _THROUGH_TABLE, ()
     return Ending(Mark.RET, emit)
@@ -111,7 +113,7 @@ def _jmp_indirect(form: Instruction, mode: Mode) -> Ending | None:
     if load is None:
         return None
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         return load(code, at) + _THROUGH_TABLE, ()
     return Ending(Mark.INDIRECT, emit)
 
@@ -121,7 +123,7 @@ def _call_indirect(form: Instruction, mode: Mode) -> Ending | None:
     if load is None or not mode.stack:
         return None
 
-    def emit(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
+    def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         return load(code, at) + _push_next(form, eip) + _THROUGH_TABLE, ()
     return Ending(Mark.CALL, emit)
 
@@ -137,8 +139,8 @@ ENDINGS: dict[Kind, EndingBuilder] = {
 }
 
 
-def _emit_callout(code: Code, at: int, eip: int) -> tuple[bytes, tuple[Exit, ...]]:
-    return jump(eip, callout=True)
+def _emit_callout(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
+    return jump(eip, base, callout=True)
 
 
 #: the monitor executes the instruction

@@ -43,10 +43,10 @@ class Exit(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """Host code of the instruction that ends a unit: its address decides what it is."""
+    """Host code of the instruction that ends a unit, from its address and its offset in the host code."""
 
     mark: Mark
-    emit: Callable[[Code, int, int], tuple[bytes, tuple[Exit, ...]]]
+    emit: Callable[[Code, int, int, int], tuple[bytes, tuple[Exit, ...]]]
 
 
 #: makes the template of a form; None when the monitor has to execute the instruction

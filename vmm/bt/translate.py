@@ -75,20 +75,14 @@ class Translator:
                     continue
                 template = control.CALLOUT
             add(Piece(at - start, len(host), template.mark))
-            exits = self._end(template, host, code, at, eip + at - start & 0xFFFF_FFFF)
+            added, exits = template.emit(code, at, eip + at - start & 0xFFFF_FFFF, len(host))
+            host += added
             at += form.length
             break
         if exits is None:
             jump, exits = control.jump(eip + at - start & 0xFFFF_FFFF, len(host))
             host += jump
         return Draft(eip, at - start, host, tuple(pieces), exits)
-
-    @staticmethod
-    def _end(ending: Ending, host: bytearray, code: Code, at: int, eip: int) -> tuple[Exit, ...]:
-        begin = len(host)
-        added, exits = ending.emit(code, at, eip)
-        host += added
-        return tuple(exit._replace(at=begin + exit.at, site=begin + exit.site) for exit in exits)
 
     def _learn(self, form: Instruction) -> Template | Ending:
         template: Template | Ending | None = None
