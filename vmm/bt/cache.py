@@ -39,6 +39,8 @@ _REGIONS = 8
 #: modes whose templates are kept
 _TRANSLATORS = 64
 
+_address = attrgetter("unit.address")
+
 #: the bytes of a page of guest code, by page number; whatever it raises goes to the caller
 Fetch: TypeAlias = Callable[[int], bytes | memoryview]
 
@@ -152,7 +154,7 @@ class TranslationCache:
 
     def at(self, address: int) -> Translation | None:
         """The unit that has host code at `address`."""
-        index = bisect_right(self._placed, address, key=attrgetter("unit.address")) - 1
+        index = bisect_right(self._placed, address, key=_address) - 1
         if index < 0:
             return None
         found = self._placed[index]
@@ -212,14 +214,14 @@ class TranslationCache:
                 self._translators.clear()
             translator = self._translators[mode] = Translator(mode)
         page, at = eip >> PAGE_SHIFT, eip & PAGE - 1
-        code = fetch(page)
+        code = bytes(fetch(page))       # slices of bytes are cheaper than those of a view
         try:
             draft = translator.translate(code, at, eip)
         except Truncated:
-            code = bytes(code[at:]) + bytes(fetch((page + 1) % _PAGES)[:16])
+            code = code[at:] + bytes(fetch((page + 1) % _PAGES)[:16])
             at = 0
             draft = translator.translate(code, 0, eip)
-        return draft, bytes(code[at:at + draft.guest_bytes])
+        return draft, code[at:at + draft.guest_bytes]
 
     def _place(self, draft: Draft, edge: Edge | None) -> int:
         """Where the unit is to be: over the trailing jump that leads to it, if that is the last in use."""
@@ -242,7 +244,7 @@ class TranslationCache:
         self._region = (self._region + 1) % _REGIONS
         self._next = self._arena.units + self._region * self._region_bytes
         self._limit = self._next + self._region_bytes
-        first, last = (bisect_right(self._placed, bound - 1, key=attrgetter("unit.address"))
+        first, last = (bisect_right(self._placed, bound - 1, key=_address)
                        for bound in (self._next, self._limit))
         self.counters.evicted += self._kill(self._placed[first:last])
 
@@ -251,9 +253,18 @@ class TranslationCache:
         """Give the jumps their targets; have the unit verified; make it known."""
         host, exits = draft.host, draft.exits
         stubs = self._free[len(self._free) - len(exits):]
+        known: list[Translation | None] = []
         for number, leads in zip(stubs, exits):
-            distance = self._arena.stub(number) - (address + leads.site + 4)
-            host[leads.site:leads.site + 4] = distance.to_bytes(4, "little", signed=True)
+            found = None if leads.callout else self._known.get((mode, leads.eip))
+            known.append(found)
+            if found is not None:
+                to = found.unit.address
+            elif leads.eip == draft.eip and not leads.callout:
+                to = address
+            else:
+                to = self._arena.stub(number)
+            site = leads.site
+            host[site:site + 4] = (to - address - site - 4).to_bytes(4, "little", signed=True)
         code = bytes(host)
         self.verifier.accept(code, address)
         self._arena.write(address, code)
@@ -266,18 +277,26 @@ class TranslationCache:
         made = Translation(mode, unit, tuple({first, last % _PAGES}))
         if edge is not None and address == edge.site - 1:
             self._elide(edge, made)
-        self._register(made, exits, stubs)
+        self._register(made, exits, stubs, known)
         self._next = address + len(code)
         return made
 
-    def _register(self, made: Translation, exits: tuple[Exit, ...], stubs: list[int]) -> None:
+    def _register(self, made: Translation, exits: tuple[Exit, ...], stubs: list[int],
+                  known: list[Translation | None]) -> None:
+        """The unit is found from now on; its jumps get edges, joined to where they lead already."""
         unit = made.unit
         self._known[made.mode, unit.eip] = made
         for page in made.pages:
-            self._by_page.setdefault((made.mode.space, page), set()).add(made)
-        insort(self._placed, made, key=attrgetter("unit.address"))
+            units = self._by_page.get((made.mode.space, page))
+            if units is None:
+                units = self._by_page[made.mode.space, page] = set()
+            units.add(made)
+        if self._placed and self._placed[-1].address > unit.address:
+            insort(self._placed, made, key=_address)
+        else:
+            self._placed.append(made)
         following = iter(unit.successors)
-        for number, leads in zip(stubs, exits):
+        for number, leads, target in zip(stubs, exits, known):
             if leads.callout:
                 made.callouts.append(number)
                 self.exits[number] = Callout(made, leads.eip)
@@ -286,10 +305,10 @@ class TranslationCache:
             one = Edge(made, next(following), unit.address + leads.site, number, trailing)
             made.edges.append(one)
             self.exits[number] = one
-            known = self._known.get((made.mode, leads.eip))
-            if known is not None:
-                self._arena.write(one.site, self.verifier.patch(one.site, known.address))
-                self._join(one, known)
+            if leads.eip == unit.eip:
+                self._join(one, made)
+            elif target is not None:
+                self._join(one, target)
         self.counters.units += 1
         self.counters.instructions += len(unit.pieces)
 
