@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Eight thousand malformed requests as bytes, on the socket of a real daemon; two thousand more, whose HTTP is
-right and whose content is not, are in test_api_malformed.py."""
+"""Eight thousand malformed requests as bytes, on the socket of a real daemon.
+
+Two thousand more, whose HTTP is right and whose content is not, are in test_api_malformed.py.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,9 @@ _REQUESTS = 8000
 #: the stream of events is no answer that ends
 _ROUTES = [route for route in ROUTES if route.path != "/events"]
 #: bytes that mean something to a parser of HTTP or JSON
-_SPICE = [b"\r\n", b"\n", b"\0", b" ", b":", b"/", b"%", b"%00", b"?", b"#", b"{", b"}", b'"', b"\\u0000", b"-1",
-          b"9" * 40, b"\xff\xfe", b"../", b"HTTP/9.9", b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n",
+_SPICE = [b"\r\n", b"\n", b"\0", b" ", b":", b"/", b"%", b"%00", b"?", b"#", b"{", b"}", b'"', b"\\u0000",
+          b"-1", b"9" * 40, b"\xff\xfe", b"../", b"HTTP/9.9", b"Content-Length: 5\r\n",
+          b"Transfer-Encoding: chunked\r\n",
           b"Upgrade: websocket\r\nConnection: Upgrade\r\n", b"Expect: 100-continue\r\n", b"A" * 5000]
 #: a request that goes through could do something; these names do not exist, and this body defines nothing
 _BODY = b'{"name": "vm", "kernel": 5, "memory": "all", "nonsense": true}'
