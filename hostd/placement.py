@@ -20,13 +20,13 @@ class Placement:
         """The worker for a guest that has none."""
         by_index = {worker.index: worker for worker in workers}
         index = self._balancer.place(list(by_index), _loads(vms).values())
-        return by_index[index]  # type: ignore[index]
+        return by_index[index]
 
     def moves(self, workers: list[Worker], vms: Iterable[Vm]) -> list[tuple[str, Worker]]:
         """Guests to move now, by name, and where to."""
         by_index = {worker.index: worker for worker in workers}
         moves = self._balancer.update(time.monotonic_ns(), list(by_index), _loads(vms))
-        return [(move.id, by_index[move.target]) for move in moves]  # type: ignore[index]
+        return [(move.id, by_index[move.target]) for move in moves]
 
 
 def _loads(vms: Iterable[Vm]) -> dict[str, Load]:
