@@ -14,13 +14,15 @@ from msgspec import Meta
 
 from hostd.errors import ConfigError
 from hostd.lifecycle import Policy
-from hostd.model import DEFAULT_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE, Cap, Timeout, Weight
+from hostd.model import DEFAULT_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE, Cap, Monitor, Timeout, Weight
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 #: a pool below this holds no guest worth having
 MIN_POOL = 16 << 20
+#: a translation cache below this turns over too soon; its jumps reach 2 GiB, but nothing gains from so much
+MIN_CACHE, MAX_CACHE = 1 << 20, 1 << 30
 
 
 class Size:
@@ -83,10 +85,16 @@ class SchedulerSection(Section, frozen=True):
 
 class DefaultsSection(Section, frozen=True):
     memory: Size = Size(DEFAULT_MEMORY)
+    vmm: Monitor = "hw"
     weight: Weight = 100
     cap: Cap = 0
     on_crash: Policy = Policy.STOP
     on_poweroff: Policy = Policy.STOP
+
+
+class BtSection(Section, frozen=True):
+    cpu: Literal["native", "unicorn"] = "native"
+    cache: Size = Size(32 << 20)
 
 
 class LogSection(Section, frozen=True):
@@ -100,6 +108,7 @@ class Config(Section, frozen=True):
     metrics: MetricsSection = MetricsSection()
     scheduler: SchedulerSection = SchedulerSection()
     defaults: DefaultsSection = DefaultsSection()
+    bt: BtSection = BtSection()
     log: LogSection = LogSection()
 
     @property
@@ -186,6 +195,8 @@ def _check(config: Config) -> None:
     memory = config.defaults.memory.bytes
     if not MIN_MEMORY <= memory <= MAX_MEMORY or memory % PAGE:
         raise ConfigError('defaults.memory: must be between "1M" and "3G" and a multiple of 4096 bytes')
+    if not MIN_CACHE <= config.bt.cache.bytes <= MAX_CACHE:
+        raise ConfigError(f'bt.cache: must be between "{MIN_CACHE >> 20}M" and "{MAX_CACHE >> 20}M"')
     for key in "state_dir", "runtime_dir":
         value = getattr(config.host, key)
         if value and not value.startswith("/"):

@@ -196,7 +196,7 @@ class Guests:
                 image = await trio.to_thread.run_sync(lay_out, files, vm.definition.memory)
                 step("filling memory", 0.4)
                 vm.block = self._memory.books.new(vm.definition.memory)
-                state = await fill(self._memory, vm.block, image)
+                state = await fill(self._memory, vm.block, image, vm.definition.vmm)
                 step("waiting for a worker", 0.8)
                 await self.workers.wait_ready()
                 vm.console.mark_boot()

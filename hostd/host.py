@@ -375,7 +375,7 @@ class Host:
         memory = defaults.memory.bytes if request.memory is None else request.memory
         self._memory.books.check_size(memory)
         return Definition(
-            name=request.name, memory=memory, vmm=request.vmm, autostart=request.autostart,
+            name=request.name, memory=memory, vmm=request.vmm or defaults.vmm, autostart=request.autostart,
             image=request.image, kernel=request.kernel, initrd=request.initrd, append=request.append,
             weight=defaults.weight if request.weight is None else request.weight,
             cap=defaults.cap if request.cap is None else request.cap,

@@ -11,6 +11,7 @@ import trio
 
 from hostd.errors import Invalid
 from hostd.memory import MachineMemory
+from hostd.model import MonitorName
 from vmm.memory.pool import PAGE_SHIFT
 from vmm.state import MachineState, encode
 
@@ -48,8 +49,9 @@ def lay_out(files: BootFiles, memory_bytes: int) -> BootImage:
         raise Invalid(str(error)) from None
 
 
-async def fill(memory: MachineMemory, block: VmBlock, image: BootImage) -> bytes:
-    """Write `image` into the empty guest memory `block`; the answer is the machine's state at power-on.
+async def fill(memory: MachineMemory, block: VmBlock, image: BootImage, monitor: MonitorName) -> bytes:
+    """Write `image` into the empty guest memory `block`; the answer is the machine's state at power-on, for
+    `monitor` to run.
 
     A fill that is cancelled has nevertheless ended when this returns: the block can be freed."""
     pages: set[int] = set()
@@ -57,7 +59,7 @@ async def fill(memory: MachineMemory, block: VmBlock, image: BootImage) -> bytes
         pages.update(range(gpa >> PAGE_SHIFT, (gpa + len(data) - 1 >> PAGE_SHIFT) + 1))
     magazine = memory.books.frames_for_loading(len(pages))
     await trio.to_thread.run_sync(_write, block, magazine, image)
-    return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu))
+    return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu, monitor=monitor))
 
 
 def _write(block: VmBlock, magazine: Magazine, image: BootImage) -> None:

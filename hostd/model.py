@@ -7,7 +7,7 @@ document and the inventory files obey the same ones.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -34,6 +34,10 @@ Timeout = Annotated[float, Meta(ge=0, le=86400, description="seconds")]
 
 DEFAULT_MEMORY = 128 << 20
 
+MonitorName = Literal["hw", "bt"]
+MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
+Monitor = Annotated[MonitorName, Meta(description="hw: by hardware assistance, or bt: by binary translation")]
+
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """A value that comes from outside."""
@@ -48,7 +52,7 @@ class VmSpec(Request):
     initrd: Sha256 | None = None
     append: Append | None = None
     memory: Memory | None = None
-    vmm: Literal["hw"] = "hw"
+    vmm: Monitor | None = None
     weight: Weight | None = None
     cap: Cap | None = None
     on_crash: Policy | None = None
@@ -235,7 +239,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cap: Cap
     on_crash: Policy
     on_poweroff: Policy
-    vmm: Literal["hw"] = "hw"
+    vmm: Monitor = "hw"
     autostart: bool = False
     image: ImageName | None = None
     kernel: Sha256 | None = None

@@ -20,6 +20,7 @@ import sys
 import time
 
 from hostd import protocol
+from vmm.state import decode
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -45,9 +46,11 @@ class FakeWorker:
                 self.send(protocol.Refused(vm, "adopt", "it does not look well"))
             case protocol.Adopt(vm=vm, state=state):
                 # a fresh machine state is not something that was typed
-                self.states[vm] = state if state.startswith(b"typed:") else b"typed:"
+                fresh = not state.startswith(b"typed:")
+                self.states[vm] = b"typed:" if fresh else state
                 self.send(protocol.Adopted(vm))
-                self.send(protocol.Console(vm, b"adopted\n"))
+                monitor = f", to be run by {decode(state).monitor}" if fresh else ""
+                self.send(protocol.Console(vm, f"adopted{monitor}\n".encode()))
             case protocol.Release(vm=vm) if vm in self.states:
                 self.send(protocol.Released(vm, self.states.pop(vm), time.monotonic_ns()))
             case protocol.Release(vm=vm):

@@ -75,7 +75,7 @@ class MemoryHost(Host):
         guest = self._guest(name)
         spec = guest.spec
         return VmView(
-            name=name, state=guest.state, reason="", vmm=spec.vmm, memory=spec.memory or 128 << 20,
+            name=name, state=guest.state, reason="", vmm=spec.vmm or "hw", memory=spec.memory or 128 << 20,
             weight=spec.weight or 100, cap=spec.cap or 0, on_crash=spec.on_crash or Policy.STOP,
             on_poweroff=spec.on_poweroff or Policy.STOP, autostart=spec.autostart, image=spec.image,
             kernel=spec.kernel, initrd=spec.initrd, append=spec.append, template=guest.template, worker=0,

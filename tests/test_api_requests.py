@@ -131,6 +131,8 @@ async def test_the_api_describes_itself() -> None:
         ({"name": "a", "memory": -5}, "memory: expected int >= 1048576"),
         ({"name": "a", "memory": 1 << 40}, "memory: expected int <= 3221225472"),
         ({"name": "a", "cap": 101}, "cap: expected int <= 100 (percent of one CPU; 0 = no cap)"),
+        ({"name": "a", "vmm": "kvm"},
+         "vmm: invalid enum value 'kvm' (hw: by hardware assistance, or bt: by binary translation)"),
         ({"name": "a", "on_crash": "dance"}, "on_crash: invalid enum value 'dance'"),
         ({"name": "a", "append": "x\ny"}, "append: expected at most 2047 characters, none of them a control"),
         ({"name": "a", "color": "red"}, "object contains unknown field color"),

@@ -60,6 +60,14 @@ def test_a_vm_through_its_life(ctl: Ctl, served: ServedHost) -> None:
     assert not served.host.guests
 
 
+def test_the_monitor_is_the_daemon_s_choice_unless_told(ctl: Ctl, served: ServedHost) -> None:
+    ctl("create", "any", "--kernel", "KERNEL")
+    ctl("create", "soft", "--kernel", "KERNEL", "--vmm", "bt")
+    assert [served.host.guests[name].spec.vmm for name in ("any", "soft")] == [None, "bt"]
+    assert "bt" in ctl("list", "soft").stdout.split()
+    assert "vmm" in ctl("show", "soft").stdout.split()
+
+
 def test_create_can_start_at_once(ctl: Ctl, served: ServedHost) -> None:
     ctl("create", "one", "--kernel", "KERNEL", "--start")
     assert state(served, "one") == "running"
@@ -76,6 +84,7 @@ def test_create_can_start_at_once(ctl: Ctl, served: ServedHost) -> None:
     ["clone", "a"],
     ["clone", "a", "b", "c", "--count", "2"],
     ["set", "a"],
+    ["create", "a", "--kernel", "KERNEL", "--vmm", "kvm"],
     ["wait", "a", "--state", "odd"],
     ["nonsense"],
 ])
@@ -175,6 +184,7 @@ def test_the_table_shows_what_people_ask_for(ctl: Ctl) -> None:
     header, row = ctl("list").stdout.splitlines()
     assert header.split()[:5] == ["NAME", "STATE", "MEMORY", "PRIVATE", "SHARED"]
     assert row.split()[:5] == ["a", "defined", "96.0M", "1.0M", "0"]
+    assert row.split()[header.split().index("VMM")] == "hw"
     assert "weight" in ctl("show", "a").stdout
     assert "500.0us" in ctl("exits", "a").stdout
 

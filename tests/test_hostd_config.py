@@ -45,6 +45,10 @@ def test_an_empty_file_is_a_configuration() -> None:
     ("[defaults]\nmemory = '4097'", "defaults.memory: must be"),
     ("[defaults]\nmemory = '4G'", "defaults.memory: must be"),
     ("[defaults]\non_crash = 'explode'", "defaults.on_crash: invalid enum value 'explode'"),
+    ("[defaults]\nvmm = 'kvm'", "defaults.vmm: invalid enum value 'kvm'"),
+    ("[bt]\ncpu = 'kvm'", "bt.cpu: invalid enum value 'kvm'"),
+    ("[bt]\ncache = '64K'", 'bt.cache: must be between "1M" and "1024M"'),
+    ("[bt]\ncache = '2G'", "bt.cache: must be"),
     ("[defaults]\nweight = 0", "defaults.weight: expected `int` >= 1"),
     ("[defaults]\ncap = 101", "defaults.cap: expected `int` <= 100"),
     ("[metrics]\naddress = 'nowhere'", "metrics.address: expected \"host:port\""),
@@ -98,7 +102,8 @@ def test_the_service_manager_s_directories_are_the_defaults(monkeypatch: pytest.
 
 def test_values_arrive() -> None:
     config = parse("[host]\nmemory = '64M'\nworkers = 3\n[defaults]\non_crash = 'restart'\n"
-                   "[metrics]\naddress = '[::1]:9000'")
+                   "[metrics]\naddress = '[::1]:9000'\n[bt]\ncache = '1M'")
+    assert (config.bt.cpu, config.bt.cache.bytes) == ("native", 1 << 20)
     assert config.pool_bytes == 64 << 20
     assert config.worker_count == 3
     assert config.defaults.on_crash is Policy.RESTART

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import click
 import msgspec
@@ -17,9 +17,8 @@ from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import dash, duration, print_fields, print_json, print_table, size, state
 from hostd.ctl.session import SIZE, VM_NAME, Session, format_option, many_names, one_name, pass_session
 from hostd.lifecycle import Policy
-from hostd.model import CloneRequest, StopRequest, VmCreate, VmView
+from hostd.model import MONITORS, CloneRequest, StopRequest, VmView
 
-_MONITORS = get_args(get_type_hints(VmCreate)["vmm"])
 _POLICIES = click.Choice([policy.value for policy in Policy])
 _FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
@@ -43,8 +42,7 @@ def _shares(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--initrd", type=_FILE, help="Its initial RAM disk or module.")
 @click.option("--append", help="Its command line; with an image, instead of the image's own.")
 @click.option("--memory", type=SIZE, help="RAM, like 128M or 1G (default: the daemon's).")
-@click.option("--vmm", type=click.Choice(_MONITORS), default=_MONITORS[0], show_default=True,
-              help="The monitor that runs it.")
+@click.option("--vmm", type=click.Choice(MONITORS), help="The monitor that runs it (default: the daemon's).")
 @_shares
 @_policies
 @click.option("--autostart", is_flag=True, help="Start it with the daemon.")
@@ -84,14 +82,14 @@ def list_command(session: Session, names: tuple[str, ...]) -> None:
     print_table(_HEADINGS, [_row(vm) for vm in vms])
 
 
-_HEADINGS = ("NAME", "STATE", ">MEMORY", ">PRIVATE", ">SHARED", ">CPU", ">UPTIME", "IMAGE", "TEMPLATE")
+_HEADINGS = ("NAME", "STATE", ">MEMORY", ">PRIVATE", ">SHARED", ">CPU", ">UPTIME", "VMM", "IMAGE", "TEMPLATE")
 
 
 def _row(vm: VmView) -> tuple[Any, ...]:
     usage = vm.memory_usage
     return (
         vm.name, state(vm.state), size(vm.memory), size(usage.private), size(usage.shared),
-        duration(vm.cpu.run), duration(vm.uptime_s), dash(vm.image), dash(vm.template),
+        duration(vm.cpu.run), duration(vm.uptime_s), vm.vmm, dash(vm.image), dash(vm.template),
     )  # fmt: skip
 
 
