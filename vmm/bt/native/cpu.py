@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 from vmm.bt.native import trampolines
 from vmm.bt.native.arena import Arena
 from vmm.bt.native.block import RIP, SINGLE_STEP, TF, Block
+from vmm.bt.native.jumptable import JumpTable
 from vmm.bt.native.signals import Handlers
 from vmm.bt.native.timer import KickTimer
+from vmm.bt.native.windows import MappingBudget, Window
+from vmm.memory.pool import Pool
 
 DEFAULT_ARENA, DEFAULT_STUBS = 32 << 20, 1 << 16
 
@@ -62,6 +66,15 @@ class NativeCpu:
         for name, value in self._constants.items():
             block.set(name, value)
         return block
+
+    def new_window(self, pool: Pool, budget: MappingBudget,
+                   evicted: Callable[[list[int]], None] = lambda pages: None) -> Window:
+        """An empty window over frames of `pool`; `evicted` hears of pages unmapped for the budget's sake."""
+        return Window(pool, budget, evicted)
+
+    def new_table(self, limit: int = 1024) -> JumpTable:
+        """An empty jump table of at most `limit` pages."""
+        return JumpTable(limit)
 
     def prepare(self) -> None:
         """Before a slice: take the signals back if somebody took them (faulthandler, for one)."""
