@@ -18,6 +18,7 @@ from hostd.leases import Leases, NeverAdopted
 from hostd.lifecycle import RESIDENT, Policy, State, Trigger
 from hostd.loader import fill, lay_out
 from hostd.memory import MachineMemory
+from hostd.model import TranslationsView
 from hostd.placement import Placement
 from hostd.vm import Vm
 from hostd.workers import Worker, Workers
@@ -151,6 +152,22 @@ class Guests:
             await self.move(vm, target)
         except HostError as error:
             log.info("guest not moved", extra={"vm": vm.name, "why": str(error)})
+
+    async def translations(self, vm: Vm, address: int | None) -> TranslationsView:
+        """What became of the guest's code under binary translation: at `address`, or anywhere."""
+        if vm.definition.vmm != "bt":
+            raise Conflict(f"the monitor of VM {vm.name} is {vm.definition.vmm}: "
+                           "only guests of bt are translated")
+        async with self.changing(vm):
+            if vm.worker is None:
+                raise Conflict(f"VM {vm.name} is {vm.state}: only a running one has translations")
+            listing = await self.leases.translations(vm, address)
+        if listing.problem:
+            raise Failed(f"VM {vm.name}: {listing.problem}")
+        if address is not None and not listing.text:
+            raise NotFound(f"nothing at {address:#x} is translated in VM {vm.name}: "
+                           "it has not run, or not lately")
+        return TranslationsView(text=listing.text, complete=listing.complete)
 
     def give_up_start(self, vm: Vm) -> None:
         """Cancel a start under way, or the wait for a restart."""

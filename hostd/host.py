@@ -41,6 +41,7 @@ from hostd.model import (
     ImageSpec,
     ImageView,
     StopRequest,
+    TranslationsView,
     VmCreate,
     VmPatch,
     VmView,
@@ -74,7 +75,8 @@ class Host:
         self._memory = MachineMemory(config.pool_bytes)
         self._guests = Guests(nursery, self._memory, self._images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
-        options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6))]
+        options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6)),
+                   config.bt.cpu, str(config.bt.cache.bytes)]
         self._workers = self._guests.workers = Workers(
             config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases, options,
             worker_command)
@@ -203,6 +205,9 @@ class Host:
     def exits(self, name: str) -> list[ExitRow]:
         vm = self._vm(name)
         return vm.ledger.exits(vm.block)
+
+    async def translations(self, name: str, address: int | None = None) -> TranslationsView:
+        return await self._guests.translations(self._vm(name), address)
 
     def console(self, name: str) -> Console:
         return self._vm(name).console

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whose hands a guest is in: a worker's, or the daemon's.
 
-A worker has a guest from Adopt on.  To do anything to it but type, press its power button or change its
-share, the daemon takes it back (Release), does it, and gives it to a worker again.  So a paused guest
-survives the death of every worker, and nobody ever reads the memory of a running one.
+A worker has a guest from Adopt on.  To do anything to it but type, press its power button, change its share
+or look at its translated code, the daemon takes it back (Release), does it, and gives it to a worker again.
+So a paused guest survives the death of every worker, and nobody ever reads the memory of a running one.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Leases:
         self._held: dict[str, Vm] = {}
         self._adopting: dict[str, tuple[Trigger, Reply[None]]] = {}
         self._releasing: dict[str, Reply[protocol.Released]] = {}
+        self._listing: dict[str, Reply[protocol.Listing]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
         self._on: dict[type, Callable[[Worker, Any], None]] = {
@@ -82,6 +83,7 @@ class Leases:
             protocol.Refused: self._on_refused,
             protocol.Stopped: self._on_stopped,
             protocol.Console: self._on_console,
+            protocol.Listing: self._on_listing,
             protocol.NeedFrames: self._on_need_frames,
             protocol.Dropped: self._on_dropped,
         }
@@ -111,6 +113,14 @@ class Leases:
         assert vm.worker is not None
         reply = self._releasing[vm.lease] = Reply[protocol.Released]()
         vm.worker.send(protocol.Release(vm.lease))
+        return await reply.wait()
+
+    async def translations(self, vm: Vm, address: int | None) -> protocol.Listing:
+        """Ask the guest's worker for its translated code; one at a time may.  Raises Conflict if the guest
+        ends first, Failed if the worker does."""
+        assert vm.worker is not None and vm.lease not in self._listing
+        reply = self._listing[vm.lease] = Reply[protocol.Listing]()
+        vm.worker.send(protocol.ListTranslations(vm.lease, address))
         return await reply.wait()
 
     def _hand_back(self, vm: Vm) -> None:
@@ -146,8 +156,9 @@ class Leases:
         """The guest came out of its worker's hands otherwise than asked: whoever waits is told."""
         _, adopting = self._adopting.pop(vm.lease, (None, None))
         releasing = self._releasing.pop(vm.lease, None)
+        listing = self._listing.pop(vm.lease, None)
         self._hand_back(vm)
-        for reply in adopting, releasing:
+        for reply in adopting, releasing, listing:
             if reply is not None:
                 reply.fail(error)
 
@@ -181,6 +192,9 @@ class Leases:
     def _on_console(self, worker: Worker, message: protocol.Console) -> None:
         self._held[message.vm].write_console(message.data)
 
+    def _on_listing(self, worker: Worker, message: protocol.Listing) -> None:
+        _expected(self._listing, message).set(message)
+
     def _on_need_frames(self, worker: Worker, message: protocol.NeedFrames) -> None:
         extents = self._memory.books.lend(worker.index, min(message.count, MAX_GRANT))
         if extents:
@@ -201,9 +215,7 @@ class Leases:
             self._memory.books.dropped(block, message.frames)
 
 
-
-
-def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released) -> T:
+def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released | protocol.Listing) -> T:
     """What waits for this answer."""
     try:
         return replies.pop(message.vm)

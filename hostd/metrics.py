@@ -124,6 +124,27 @@ WORKER_METRICS = (
          lambda workers: [((str(worker.index),), worker.vms) for worker in workers]),
 )
 
+#: of the binary translator of every worker; `worker`, its index, is the first label of each.  One that is
+#: replaced counts from zero again, which Prometheus takes for what it is
+TRANSLATOR_METRICS = (
+    _Row(CounterMetricFamily, "hostd_tc_units", "Translation units made.", (),
+         lambda translator: [((), translator.units)]),
+    _Row(CounterMetricFamily, "hostd_tc_instructions", "Guest instructions translated.", (),
+         lambda translator: [((), translator.instructions)]),
+    _Row(CounterMetricFamily, "hostd_tc_chained_jumps", "Jumps linked to the unit they lead to.", (),
+         lambda translator: [((), translator.chained)]),
+    _Row(CounterMetricFamily, "hostd_tc_units_shared", "Units reused that were made for another guest.", (),
+         lambda translator: [((), translator.shared)]),
+    _Row(CounterMetricFamily, "hostd_tc_units_evicted", "Units that made room for others.", (),
+         lambda translator: [((), translator.evicted)]),
+    _Row(CounterMetricFamily, "hostd_tc_units_rejected", "Units that the verifier did not let pass.", (),
+         lambda translator: [((), translator.rejected)]),
+    _Row(GaugeMetricFamily, "hostd_tc_code_pages", "Pages of guest code that translations are kept for.", (),
+         lambda translator: [((), translator.pages)]),
+    _Row(GaugeMetricFamily, "hostd_tc_used_bytes", "Translation cache in use.", (),
+         lambda translator: [((), translator.used_bytes)]),
+)
+
 
 def reason_of(code: int) -> str:
     """The reason an exit code counts for; negative codes mean what the 64-bit EXITCODE field would hold."""
@@ -150,6 +171,8 @@ class HostCollector(Collector):
         yield from _families(POOL_METRICS, (), [((), frames)])
         workers: list[WorkerView] = self._host.workers()
         yield from _families(WORKER_METRICS, (), [((), workers)])
+        yield from _families(TRANSLATOR_METRICS, ("worker",),
+                             [((str(worker.index),), worker.translator) for worker in workers])
         yield self._latency()
         views: list[VmView] = self._host.views()
         yield _count_by_state(views)

@@ -173,6 +173,31 @@ class VmView(View, frozen=True):
     crashes: int
 
 
+class TranslatorView(View, frozen=True):
+    """The binary translator of a worker: what it did since the worker started, and what it holds."""
+
+    #: translation units made, and the guest instructions in them
+    units: int = 0
+    instructions: int = 0
+    #: jumps linked to the unit they lead to
+    chained: int = 0
+    #: units that made room for others, and that the verifier did not let pass
+    evicted: int = 0
+    rejected: int = 0
+    #: units a guest could use that were translated for another
+    shared: int = 0
+    #: pages of guest code known now, and bytes of the translation cache in use
+    pages: int = 0
+    used_bytes: int = 0
+
+
+class TranslationsView(View, frozen=True):
+    """Translated code of a guest as text, guest and host side by side.  Not `complete`: there is more."""
+
+    text: str
+    complete: bool
+
+
 class WorkerView(View, frozen=True):
     index: int
     pid: int
@@ -181,6 +206,7 @@ class WorkerView(View, frozen=True):
     silicon: str
     tsc_khz: int
     restarts: int
+    translator: TranslatorView = TranslatorView()
 
 
 class FrameCounts(View, frozen=True):

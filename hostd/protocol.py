@@ -15,6 +15,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from hostd.model import TranslatorView
+
 LENGTH = struct.Struct("<I")
 #: no message comes near this (a machine state is tens of KiB, console and input pieces are bounded)
 MAX_MESSAGE = 16 << 20
@@ -72,6 +74,14 @@ class PowerButton(Message, frozen=True):
     """Press the ACPI power button."""
 
     vm: str
+
+
+class ListTranslations(Message, frozen=True):
+    """Show the code translated for this guest, at one linear address or anywhere.  Answer: Listing, or none
+    if the guest has ended."""
+
+    vm: str
+    address: int | None
 
 
 class Grant(Message, frozen=True):
@@ -134,6 +144,15 @@ class Console(Message, frozen=True):
     data: bytes
 
 
+class Listing(Message, frozen=True):
+    """Translated code as text; `complete` if that is all of it.  `problem` is why there is none."""
+
+    vm: str
+    text: str
+    complete: bool
+    problem: str = ""
+
+
 class NeedFrames(Message, frozen=True):
     """The magazine is low: `count` more frames are wanted."""
 
@@ -149,15 +168,16 @@ class Dropped(Message, frozen=True):
 
 class Pong(Message, frozen=True):
     """The worker is alive.  `wakeups` counts wake-up latencies by `hostd.scheduler`'s buckets, `wakeup_ns` is
-    their sum; both since the worker started."""
+    their sum; both, and what the translator did, since the worker started."""
 
     id: int
     wakeups: list[int]
     wakeup_ns: int
+    translator: TranslatorView = TranslatorView()
 
 
-ToWorker = Adopt | Release | Input | SetShare | PowerButton | Grant | Ping | Quit
-ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | NeedFrames | Dropped | Pong)
+ToWorker = Adopt | Release | Input | SetShare | PowerButton | ListTranslations | Grant | Ping | Quit
+ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Dropped | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

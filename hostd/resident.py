@@ -7,8 +7,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from hostd.protocol import Adopt
+from hostd.protocol import Adopt, Listing
 from hostd.scheduler import Usage
+from hostd.translator import excerpt
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import FrameSource
@@ -52,6 +53,16 @@ class Resident:
         except Exception as error:
             log.exception("the monitor failed", extra={"vm": self.lease})
             return Stop(StopReason.CRASHED, f"the monitor failed: {type(error).__name__}: {error}")
+
+    def listing(self, address: int | None) -> Listing:
+        """Its translated code.  A mistake in showing it costs the guest nothing."""
+        try:
+            text, complete = excerpt(self.machine.translations(address))  # type: ignore[attr-defined]
+        except Exception as error:
+            log.exception("translations not listed", extra={"vm": self.lease})
+            problem = f"its translations cannot be shown: {type(error).__name__}: {error}"
+            return Listing(self.lease, "", True, problem)
+        return Listing(self.lease, text, complete)
 
     def capture(self) -> bytes:
         """Its state without memory; it is off the CPU from here on."""

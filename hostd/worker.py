@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A worker process: one physical CPU, and the guests that take turns on it.
 
-    python -m hostd.worker SOCKET INDEX POOL POOL_BYTES TSC_KHZ LOG_LEVEL LOG_FORMAT SLICE_NS
+    python -m hostd.worker SOCKET INDEX POOL POOL_BYTES TSC_KHZ LOG_LEVEL LOG_FORMAT SLICE_NS BT_CPU BT_CACHE
 
 SOCKET and POOL are inherited descriptors: the stream to the daemon (hostd/protocol.py) and machine memory.
 
@@ -12,6 +12,7 @@ it.  While nobody can run it sleeps in select(2) until the next alarm or message
 
 from __future__ import annotations
 
+import faulthandler
 import heapq
 import logging
 import os
@@ -29,6 +30,7 @@ from hostd import logs, protocol
 from hostd.resident import Resident
 from hostd.scheduler import RunQueue
 from hostd.translations import Translations
+from hostd.translator import Translator
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
@@ -68,10 +70,12 @@ class WorkerLoop:
     Refused is in `_output`; nothing is said about it outside that time.
     """
 
-    def __init__(self, channel: socket.socket, pool: Pool, cpu: Cpu, tsc_khz: int, slice_ns: int) -> None:
+    def __init__(self, channel: socket.socket, pool: Pool, cpu: Cpu, translator: Translator, tsc_khz: int,
+                 slice_ns: int) -> None:
         self._channel = channel
         self._pool = pool
         self._cpu = cpu
+        self._translator = translator
         self._tsc_khz = tsc_khz
         self._magazine = Magazine()
         self._translations = Translations(cpu)
@@ -91,6 +95,7 @@ class WorkerLoop:
             protocol.Input: self._on_input,
             protocol.SetShare: self._on_set_share,
             protocol.PowerButton: self._on_power_button,
+            protocol.ListTranslations: self._on_list_translations,
             protocol.Grant: self._on_grant,
             protocol.Ping: self._on_ping,
             protocol.Quit: self._on_quit,
@@ -233,6 +238,11 @@ class WorkerLoop:
         if message.vm in self._guests:
             self._queue.set_share(message.vm, message.weight, message.cap)
 
+    def _on_list_translations(self, message: protocol.ListTranslations) -> None:
+        guest = self._guests.get(message.vm)
+        if guest is not None:
+            self._send(guest.listing(message.address))
+
     def _on_grant(self, message: protocol.Grant) -> None:
         now = time.monotonic_ns()
         for first, count in message.extents:
@@ -249,7 +259,7 @@ class WorkerLoop:
         for lease, guest in self._guests.items():
             guest.account(self._queue.usage(lease, now))
         latency = self._queue.latency
-        self._send(protocol.Pong(message.id, latency.counts, latency.sum_ns))
+        self._send(protocol.Pong(message.id, latency.counts, latency.sum_ns, self._translator.view()))
 
     def _on_quit(self, message: protocol.Quit) -> None:
         self._quit = True
@@ -303,12 +313,14 @@ class WorkerLoop:
 
 def main(arguments: list[str]) -> None:
     """What `python -m hostd.worker` does."""
-    socket_fd, index, pool_fd, pool_bytes, tsc_khz, level, format, slice_ns = arguments
+    socket_fd, index, pool_fd, pool_bytes, tsc_khz, level, format, slice_ns, bt_cpu, bt_cache = arguments
     # The daemon decides when a worker ends: a service manager or a terminal that signals the whole group must
     # not take the guests' CPU from under them.
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
         signal.signal(number, signal.SIG_IGN)
     logs.configure(level, format)
+    # what guests run is close to the machine: should it take this process down, the log says where it was
+    faulthandler.enable()
     channel = socket.socket(fileno=int(socket_fd))
     engine = new_engine()
     pool = Pool(int(pool_bytes), int(pool_fd))
@@ -317,11 +329,13 @@ def main(arguments: list[str]) -> None:
         selftest.run(cpu)
     except SiliconError as error:
         sys.exit(f"hostd worker {index}: {error}")
-    loop = WorkerLoop(channel, pool, cpu, int(tsc_khz), int(slice_ns))
+    translator = Translator(pool, bt_cpu, int(bt_cache))
+    loop = WorkerLoop(channel, pool, cpu, translator, int(tsc_khz), int(slice_ns))
     cpu.kicker.on_readable(channel.fileno())
     loop.hello(f"Unicorn {unicorn.__version__} AMD-V")
     log.debug("started", extra={"worker": index})
     loop.run()
+    translator.close()
     cpu.close()
 
 

@@ -116,7 +116,8 @@ class Worker:
     def view(self, vms: int) -> WorkerView:
         hello = self.hello
         return WorkerView(index=self.index, pid=self.pid, ready=self.ready, vms=vms, restarts=self.restarts,
-                          silicon=hello.silicon if hello else "", tsc_khz=hello.tsc_khz if hello else 0)
+                          silicon=hello.silicon if hello else "", tsc_khz=hello.tsc_khz if hello else 0,
+                          translator=self.pong.translator)
 
 
 class Workers:

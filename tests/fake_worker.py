@@ -5,10 +5,13 @@ told on their consoles.
     poweroff | reset | crash WHY | exit STATUS     the guest ends
     die                                            the worker process does
     nonsense                                       it breaks the protocol
+    last words                                     asked about its translations, it powers off
+    untranslatable                                 what it is asked about its translations has a problem
     anything else                                  is echoed
 
 A guest whose state is b"refuse" is refused; the power button makes a guest print and power off, unless it was
-told `stubborn`.  The state of a guest is what was typed to it so far.
+told `stubborn`.  The state of a guest is what was typed to it so far, and
+so are its translations, all of them beginning at address 0x1000.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import time
 
 from hostd import protocol
+from hostd.model import TranslatorView
 from vmm.state import decode
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -63,8 +67,10 @@ class FakeWorker:
                     self.end(vm, "poweroff", "")
             case protocol.SetShare(vm=vm, weight=weight, cap=cap):
                 self.send(protocol.Console(vm, f"share {weight} {cap}\n".encode()))
+            case protocol.ListTranslations(vm=vm, address=address) if vm in self.states:
+                self.list(vm, address)
             case protocol.Ping(id=id):
-                self.send(protocol.Pong(id, [1, 2], 3000))
+                self.send(protocol.Pong(id, [1, 2], 3000, TranslatorView(units=5, used_bytes=80)))
             case protocol.Quit():
                 sys.exit()
 
@@ -87,6 +93,15 @@ class FakeWorker:
                 self.send(protocol.Console(vm, self.states[vm]))
             case _:
                 self.send(protocol.Console(vm, data))
+
+    def list(self, vm: str, address: int | None) -> None:
+        typed = self.states[vm].decode()
+        if "last words" in typed:
+            self.end(vm, "poweroff", "")
+        elif "untranslatable" in typed:
+            self.send(protocol.Listing(vm, "", True, "its monitor is at a loss"))
+        else:
+            self.send(protocol.Listing(vm, typed if address in (None, 0x1000) else "", address is not None))
 
     def end(self, vm: str, why: protocol.Ending, detail: str) -> None:
         del self.states[vm]

@@ -9,7 +9,16 @@ import msgspec
 
 from hostd.host import Host
 from hostd.lifecycle import Policy, State
-from hostd.model import CpuTimes, ExitRow, FrameCounts, HostView, MemoryUsage, VmView, WorkerView
+from hostd.model import (
+    CpuTimes,
+    ExitRow,
+    FrameCounts,
+    HostView,
+    MemoryUsage,
+    TranslatorView,
+    VmView,
+    WorkerView,
+)
 from hostd.scheduler import LATENCY_BOUNDS_NS
 from vmm.exitcodes import ExitCode, exit_name
 
@@ -23,6 +32,7 @@ class Fleet:
         self.vms: dict[str, VmView] = {}
         self.exit_counts: dict[str, dict[int, int]] = {}
         self.restarts = 0
+        self.translators: dict[int, TranslatorView] = {}
         self.latencies = [0] * (len(LATENCY_BOUNDS_NS) + 1)
         for name in names:
             self.add(name)
@@ -74,7 +84,8 @@ class Fleet:
 
     def workers(self) -> list[WorkerView]:
         return [WorkerView(index=i, pid=100 + i, ready=i == 0, vms=len(self.vms) if i == 0 else 0,
-                           silicon="emulated", tsc_khz=2_000_000, restarts=self.restarts) for i in range(2)]
+                           silicon="emulated", tsc_khz=2_000_000, restarts=self.restarts,
+                           translator=self.translators.get(i, TranslatorView())) for i in range(2)]
 
     def frames(self) -> FrameCounts:
         return FrameCounts(total=262_144, free=200_000, granted=2_144, private=50_000, shared=9_500,

@@ -27,6 +27,7 @@ from hostd.model import (
     ImageView,
     MemoryUsage,
     StopRequest,
+    TranslationsView,
     VmCreate,
     VmPatch,
     VmView,
@@ -86,6 +87,12 @@ class MemoryHost(Host):
         self._guest(name)
         return [ExitRow(code=0x78, name="HLT", count=4, seconds=0.002),
                 ExitRow(code=0x72, name="CPUID", count=3, seconds=0.001)]
+
+    async def translations(self, name: str, address: int | None = None) -> TranslationsView:
+        if self._guest(name).state != State.RUNNING:
+            raise Conflict(f"VM {name} does not run")
+        return TranslationsView(text="" if address is None else f"{address:08x}  nop\n",
+                                complete=address is not None)
 
     def console(self, name: str) -> Console:
         return self._guest(name).console

@@ -159,6 +159,13 @@ async def test_a_bad_query_is_refused(query: str) -> None:
         assert (await api.refused("GET", f"/vms/a/wait?{query}", status=400)).startswith("query: ")
 
 
+@pytest.mark.parametrize("address", ["", "0x", "main", "-1", "0x1234567890", "1\n"])
+async def test_an_address_is_hexadecimal(address: str) -> None:
+    async with serving() as api:
+        sentence = await api.refused("GET", f"/vms/a/translations?address={address!r}", status=400)
+        assert sentence == "query: address: expected a linear address: 1-8 hexadecimal digits"
+
+
 async def test_a_parameter_given_twice_is_refused() -> None:
     async with serving() as api:
         assert "twice" in await api.refused("GET", "/vms/a/wait?timeout=1&timeout=2", status=400)

@@ -109,6 +109,8 @@ def test_no_command_shows_what_there_is(ctl: Ctl) -> None:
     (["image", "remove", "none"], 3, "no image none"),
     (["operations", "--cancel", "none"], 3, "no operation"),
     (["console", "none"], 3, "no VM 'none'"),
+    (["tc", "none"], 3, "no VM 'none'"),
+    (["tc", "none", "--address", "start"], 1, "address: expected a linear address: 1-8 hexadecimal digits"),
     (["log", "none"], 3, "no VM 'none'"),
 ])
 def test_a_refusal_is_one_sentence(ctl: Ctl, arguments: list[str], status: int, sentence: str) -> None:
@@ -167,6 +169,7 @@ def test_everything_shown_is_also_json(ctl: Ctl) -> None:
         (["list"], lambda value: value[0]["name"], "a"),
         (["show", "a"], lambda value: value["state"], "running"),
         (["exits", "a"], lambda value: value[0]["name"], "HLT"),
+        (["tc", "a", "--address", "1000"], lambda value: value["text"], "00001000  nop\n"),
         (["operations"], lambda value: {row["status"] for row in value} <= {"done", "failed"}, True),
         (["host"], lambda value: value["memory"], 1 << 30),
         (["image", "list"], len, 0),
@@ -187,6 +190,15 @@ def test_the_table_shows_what_people_ask_for(ctl: Ctl) -> None:
     assert row.split()[header.split().index("VMM")] == "hw"
     assert "weight" in ctl("show", "a").stdout
     assert "500.0us" in ctl("exits", "a").stdout
+
+
+def test_translations_are_shown(ctl: Ctl) -> None:
+    ctl("create", "a", "--kernel", "KERNEL", "--vmm", "bt", "--start")
+    assert ctl("tc", "a", "--address", "0x101000").output == "00101000  nop\n"
+    whole = ctl("tc", "a")
+    assert whole.stdout == ""
+    assert whole.stderr.splitlines() == ["nothing is translated yet",
+                                         "there is more: ask for a part of it with --address"]
 
 
 def test_what_is_sent_can_be_waited_for_and_read(ctl: Ctl) -> None:

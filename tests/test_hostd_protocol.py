@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostd import protocol
+from hostd.model import TranslatorView
 from hostd.protocol import LENGTH, MAX_MESSAGE, ProtocolError, Splitter, ToDaemon, ToWorker, encode
 
 TO_WORKER = [
@@ -16,6 +17,8 @@ TO_WORKER = [
     protocol.Input("web#1", bytes(range(256))),
     protocol.SetShare("web#1", 1, 0),
     protocol.PowerButton("web#1"),
+    protocol.ListTranslations("web#1", None),
+    protocol.ListTranslations("web#1", 0x101000),
     protocol.Grant([(1, 2), (3, 4)]),
     protocol.Ping(7),
     protocol.Quit(),
@@ -27,9 +30,10 @@ TO_DAEMON = [
     protocol.Refused("web#1", "adopt", "no"),
     protocol.Stopped("web#1", "exit", "", 3),
     protocol.Console("web#1", b"login:"),
+    protocol.Listing("web#1", "00101000  mov ecx, edi", False),
     protocol.NeedFrames(1024),
     protocol.Dropped("web#1", [1, 2, 3]),
-    protocol.Pong(7, [0, 1], 5),
+    protocol.Pong(7, [0, 1], 5, TranslatorView(units=3, used_bytes=4096)),
 ]
 
 

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hostd.lifecycle import State
 from hostd.metrics import OTHER_REASON, REASONS, make_metrics_app, reason_of
+from hostd.model import TranslatorView
 from hostd.scheduler import LATENCY_BOUNDS_NS
 from tests.fleet import MIB, Fleet
 from tests.tools import needs
@@ -86,6 +87,17 @@ async def test_latency_is_a_cumulative_histogram(fleet: Fleet) -> None:
     assert value(samples, f"{name}_bucket", le="+Inf") == len(LATENCY_BOUNDS_NS) + 1
     assert value(samples, f"{name}_count") == len(LATENCY_BOUNDS_NS) + 1
     assert value(samples, f"{name}_sum") == pytest.approx(0.016)
+
+
+async def test_translators_are_described_whether_they_work_or_not(fleet: Fleet) -> None:
+    fleet.translators[0] = TranslatorView(units=1, instructions=2, chained=3, evicted=4, rejected=5, shared=6,
+                                          pages=7, used_bytes=8)
+    samples = parse((await scrape(fleet)).text)
+    for number, name in enumerate(("units_total", "instructions_total", "chained_jumps_total",
+                                   "units_evicted_total", "units_rejected_total", "units_shared_total",
+                                   "code_pages", "used_bytes"), 1):
+        assert value(samples, f"hostd_tc_{name}", worker="0") == number
+        assert value(samples, f"hostd_tc_{name}", worker="1") == 0
 
 
 @pytest.mark.parametrize("state", list(State))

@@ -17,7 +17,7 @@ from hostd.api.call import Call
 from hostd.api.schema import API_VERSION, VersionView
 from hostd.console import Console
 from hostd.host import Host
-from hostd.model import BlobView, ExitRow, HostView, ImageView, OperationView, VmView
+from hostd.model import BlobView, ExitRow, HostView, ImageView, OperationView, TranslationsView, VmView
 from hostd.operations import Operation
 
 #: the daemon's own backlog for a serial line is no larger
@@ -78,6 +78,11 @@ async def clone_vm(host: Host, call: Call) -> Operation:
 
 async def vm_exits(host: Host, call: Call) -> list[ExitRow]:
     return host.exits(call.name)
+
+
+async def vm_translations(host: Host, call: Call) -> TranslationsView:
+    address = call.query.address
+    return await host.translations(call.name, None if address is None else int(address, 16))
 
 
 async def wait_for_vm(host: Host, call: Call) -> VmView:

@@ -15,6 +15,7 @@ from hostd.api.schema import (
     LogQuery,
     Nothing,
     OperationQuery,
+    TranslationsQuery,
     VersionView,
     WaitQuery,
 )
@@ -29,6 +30,7 @@ from hostd.model import (
     ImageView,
     OperationView,
     StopRequest,
+    TranslationsView,
     VmCreate,
     VmPatch,
     VmView,
@@ -93,6 +95,8 @@ ROUTES: tuple[Route, ...] = (
             CloneRequest),
 
     Route("GET", "/vms/{name}/exits", "Exits of a VM by reason", do.vm_exits, list[ExitRow], errors=(404,)),
+    Route("GET", "/vms/{name}/translations", "Code of a VM beside what binary translation made of it",
+          do.vm_translations, TranslationsView, query=TranslationsQuery, errors=(404, 409)),
     Route("GET", "/vms/{name}/wait", "Answer when the VM is in a state or has written something",
           do.wait_for_vm, VmView, query=WaitQuery, errors=(404, 408, 409)),
     Route("GET", "/vms/{name}/log", "What the guest wrote to its console", do.vm_log, bytes, query=LogQuery,

@@ -30,6 +30,12 @@ class ConsoleQuery(Request):
     since: Position | None = None
 
 
+class TranslationsQuery(Request):
+    address: Annotated[
+        str, Meta(pattern=r"^(0x)?[0-9a-fA-F]{1,8}\Z", description="a linear address: 1-8 hexadecimal digits")
+    ] | None = None
+
+
 class WaitQuery(Request):
     state: Annotated[State, Meta(description="until the VM is in this state")] | None = None
     console: Annotated[

@@ -20,6 +20,7 @@ from hostd.model import (
     HostView,
     ImageView,
     OperationView,
+    TranslationsView,
     VmView,
 )
 
@@ -88,6 +89,11 @@ class Client:
     def exits(self, name: str) -> list[ExitRow]:
         rows: list[ExitRow] = self.call("GET", vm_path(name, "exits"), list[ExitRow])
         return rows
+
+    def translations(self, name: str, address: str | None) -> TranslationsView:
+        listing: TranslationsView = self.call("GET", vm_path(name, "translations"), TranslationsView,
+                                              query={"address": address})
+        return listing
 
     def images(self) -> list[ImageView]:
         images: list[ImageView] = self.call("GET", "/images", list[ImageView])

@@ -37,6 +37,22 @@ def exits_command(session: Session, name: str) -> None:
     )  # fmt: skip
 
 
+@click.command("tc")
+@one_name
+@click.option("--address", metavar="HEX", help="Only what begins at this linear address of the guest.")
+@format_option
+@pass_session
+def tc_command(session: Session, name: str, address: str | None) -> None:
+    """Show code of a VM beside what binary translation (--vmm bt) made of it."""
+    listing = session.client.translations(name, address)
+    if session.json:
+        print_json(listing)
+        return
+    click.echo(listing.text or "nothing is translated yet\n", nl=False, err=not listing.text)
+    if not listing.complete:
+        click.echo("there is more: ask for a part of it with --address", err=True)
+
+
 @click.command("top")
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, metavar="S",
               help="Seconds between two looks.")
