@@ -16,8 +16,9 @@ import pytest
 from hostd.ctl import demo
 from hostd.ctl.errors import CtlError
 from hostd.ctl.private import PrivateDaemon, private_daemon
+from hostd.ctl.pull import PulledImage, Recipe
 from hostd.ctl.usage import CpuMeter, cpu_seconds, processes, proportional_bytes
-from hostd.model import HostView
+from hostd.model import HostView, MonitorName
 from vmm import guests
 
 
@@ -88,18 +89,29 @@ def test_the_demo_measures_what_it_shows(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_without_apt_the_demo_takes_a_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(progress: object) -> None:
+    def fail(progress: object, recipe: object) -> None:
         raise demo.PullError("no apt here")
 
     monkeypatch.setattr(demo, "build_debian", fail)
     assert demo.choose_template().kernel == guests.path("idle")
 
 
+@pytest.mark.parametrize(("vmm", "image"), [("hw", "debian"), ("bt", "debian-i386")])
+def test_the_demo_takes_a_debian_that_its_monitor_is_for(monkeypatch: pytest.MonkeyPatch, vmm: MonitorName,
+                                                         image: str) -> None:
+    def pull(progress: object, recipe: Recipe) -> PulledImage:
+        return PulledImage(Path(recipe.name), Path("initrd"), "", "6.1")
+
+    monkeypatch.setattr(demo, "build_debian", pull)
+    template = demo.choose_template(vmm)
+    assert (template.kernel.name, template.vmm) == (image, vmm)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_demo_cleans_up(number: signal.Signals) -> None:
     program = (
         "from hostd.ctl import demo, pull\n"
-        "def fail(progress): raise pull.PullError('not now')\n"
+        "def fail(progress, recipe): raise pull.PullError('not now')\n"
         "demo.build_debian = fail\n"
         "demo.demo_command(['--seconds', '60', '--guests', '2'])"
     )

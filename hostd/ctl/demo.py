@@ -18,15 +18,17 @@ from hostd.ctl.formatting import console, duration, print_fields, size
 from hostd.ctl.images import register
 from hostd.ctl.live import Activity, Screen
 from hostd.ctl.private import PrivateDaemon, private_daemon
-from hostd.ctl.pull import PullError, build_debian
+from hostd.ctl.pull import RECIPES, PullError, build_debian
 from hostd.ctl.usage import CpuMeter, processes, proportional_bytes
 from hostd.lifecycle import State
-from hostd.model import CloneRequest
+from hostd.model import MONITORS, CloneRequest, MonitorName
 from vmm import guests
 
 TEMPLATE = "template"
 _BOOT_TIMEOUT = 300.0
 _TOP_EXITS = 6
+#: what is translated is 32-bit code
+_DEBIAN: dict[MonitorName, str] = {"hw": "debian", "bt": "debian-i386"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Template:
     memory: int
     #: what its console shows when it is up and has nothing more to do
     ready: str
+    vmm: MonitorName = "hw"
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,15 @@ class Figures:
               help="How many guests to run.")
 @click.option("--seconds", type=click.FloatRange(1), default=30.0, show_default=True, metavar="S",
               help="How long to watch them.")
-def demo_command(guests: int, seconds: float) -> None:
+@click.option("--vmm", type=click.Choice(MONITORS), default=MONITORS[0], show_default=True,
+              help="The monitor that runs them.")
+def demo_command(guests: int, seconds: float, vmm: MonitorName) -> None:
     """Boot one Linux guest, clone it to fifty running ones, watch them, and tell what they cost.
 
     Needs no daemon and no configuration: it runs its own with temporary state and leaves nothing behind.
     Without Debian's kernel (hostctl gets it by apt), a small kernel of our own takes its place.
     """
-    template = choose_template()
+    template = choose_template(vmm)
     with private_daemon() as daemon:
         say(f"metrics: {daemon.client.host().metrics}")
         try:
@@ -74,16 +79,16 @@ def demo_command(guests: int, seconds: float) -> None:
     summarize(figures, guests)
 
 
-def choose_template() -> Template:
-    """Debian if it can be had, else our own idle kernel."""
+def choose_template(vmm: MonitorName = "hw") -> Template:
+    """Debian if it can be had, the kind that the monitor is for; else our own idle kernel."""
     try:
-        image = build_debian(progress=say)
+        image = build_debian(progress=say, recipe=RECIPES[_DEBIAN[vmm]])
     except PullError as error:
         say(f"no Debian image ({error}): using a kernel of our own")
-        return Template(guests.path("idle"), None, "", 16 << 20, "idle: tick")
+        return Template(guests.path("idle"), None, "", 16 << 20, "idle: tick", vmm)
     say(f"guests: Debian {image.version}")
     # The last thing the image's start does is to show a prompt.
-    return Template(image.kernel, image.initrd, image.append, 128 << 20, r"/ # ")
+    return Template(image.kernel, image.initrd, image.append, 128 << 20, r"/ # ", vmm)
 
 
 def run(daemon: PrivateDaemon, template: Template, count: int, seconds: float) -> Figures:
@@ -108,7 +113,8 @@ def run(daemon: PrivateDaemon, template: Template, count: int, seconds: float) -
 def boot(client: Client, template: Template) -> float:
     """Start the template and wait until it is up; then pause it, so that it stays as it is."""
     register(client, TEMPLATE, template.kernel, template.initrd, template.append)
-    client.call("POST", "/vms", body={"name": TEMPLATE, "image": TEMPLATE, "memory": template.memory})
+    client.call("POST", "/vms", body={"name": TEMPLATE, "image": TEMPLATE, "memory": template.memory,
+                                      "vmm": template.vmm})
     began = time.monotonic()
     client.finish(client.begin("POST", vm_path(TEMPLATE, "start")))
     client.call("GET", vm_path(TEMPLATE, "wait"), patience=None,
