@@ -14,7 +14,18 @@ from msgspec import Meta
 
 from hostd.errors import ConfigError
 from hostd.lifecycle import Policy
-from hostd.model import DEFAULT_MEMORY, MAX_MEMORY, MIN_MEMORY, PAGE, Cap, Monitor, Timeout, Weight
+from hostd.model import (
+    DEFAULT_CACHE,
+    DEFAULT_MEMORY,
+    MAX_MEMORY,
+    MIN_MEMORY,
+    PAGE,
+    BtCpu,
+    Cap,
+    Monitor,
+    Timeout,
+    Weight,
+)
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -93,8 +104,8 @@ class DefaultsSection(Section, frozen=True):
 
 
 class BtSection(Section, frozen=True):
-    cpu: Literal["native", "unicorn"] = "native"
-    cache: Size = Size(32 << 20)
+    cpu: BtCpu = "native"
+    cache: Size = Size(DEFAULT_CACHE)
 
 
 class LogSection(Section, frozen=True):

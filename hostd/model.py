@@ -34,9 +34,14 @@ Timeout = Annotated[float, Meta(ge=0, le=86400, description="seconds")]
 
 DEFAULT_MEMORY = 128 << 20
 
+DEFAULT_CACHE = 32 << 20
+
 MonitorName = Literal["hw", "bt"]
 MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
 Monitor = Annotated[MonitorName, Meta(description="hw: by hardware assistance, or bt: by binary translation")]
+#: what executes translated code: the processor of this machine, or the emulated one
+BtCpu = Literal["native", "unicorn"]
+BT_CPUS: tuple[BtCpu, ...] = get_args(BtCpu)
 
 
 class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

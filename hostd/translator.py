@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hostd.model import TranslatorView
+from hostd.model import DEFAULT_CACHE, TranslatorView
 from vmm.memory.pool import Pool
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Translator:
     """Makes the engine when the first guest needs it: that reserves address space, and installs handlers for
     the signals of faults, neither of which a worker without such guests should have."""
 
-    def __init__(self, pool: Pool, cpu: str, cache_bytes: int) -> None:
+    def __init__(self, pool: Pool, cpu: str, cache_bytes: int = DEFAULT_CACHE) -> None:
         self._pool = pool
         self._cpu = cpu
         self._cache_bytes = cache_bytes

@@ -6,8 +6,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from hostd.scheduler.runqueue import LONE_TURN_NS
+from hostd.translator import Translator
 from vmm.boot.layout import Write
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
@@ -32,11 +34,12 @@ def _silent(data: bytes) -> None:
 class Rig:
     """Machines come and go; what they leave in memory or in the CPU does not reach the next."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, bt_cpu: str = "native") -> None:
         self.pool = Pool(memory_bytes)
         self.allocator = FrameAllocator(self.pool)
         self.frames = LocalFrames(self.allocator, _NO_LIMIT)
         self.cpu = Cpu(self.pool)
+        self.translator = Translator(self.pool, bt_cpu)
         self.tsc_khz = tsc.measure_khz()
 
     def block(self, memory_bytes: int, writes: Iterable[Write]) -> VmBlock:
@@ -59,10 +62,11 @@ class Rig:
 
     @contextmanager
     def machine(self, block: VmBlock, cpu: CpuState,
-                console: Callable[[bytes], None] = _silent) -> Iterator[VirtualMachine]:
-        """The guest on this CPU; its memory goes with it."""
-        state = MachineState(memory_bytes=block.memory_bytes, cpu=cpu)
-        machine = VirtualMachine(self.cpu, block, self.frames, state, console, self.tsc_khz)
+                console: Callable[[bytes], None] = _silent, vmm: str = "hw") -> Iterator[VirtualMachine]:
+        """The guest on this CPU, under the monitor `vmm`; its memory goes with it."""
+        state = MachineState(memory_bytes=block.memory_bytes, cpu=cpu, monitor=vmm)
+        more: dict[str, Any] = {"engine": self.translator.engine} if vmm == "bt" else {}
+        machine = VirtualMachine(self.cpu, block, self.frames, state, console, self.tsc_khz, **more)
         try:
             yield machine
         finally:
@@ -71,13 +75,15 @@ class Rig:
             self.free(block)
 
     def close(self) -> None:
+        self.translator.close()
         self.cpu.close()
 
 
 @contextmanager
-def rig(memory_bytes: int) -> Iterator[Rig]:
-    """A rig whose guests have at most `memory_bytes` together, tables and all."""
-    made = Rig(memory_bytes)
+def rig(memory_bytes: int, bt_cpu: str = "native") -> Iterator[Rig]:
+    """A rig whose guests have at most `memory_bytes` together, tables and all; `bt_cpu` executes what is
+    translated of them."""
+    made = Rig(memory_bytes, bt_cpu)
     try:
         yield made
     finally:
