@@ -6,10 +6,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from hostd.protocol import Adopt, Listing
 from hostd.scheduler import Usage
-from hostd.translator import excerpt
+from hostd.translator import Translator, excerpt
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import FrameSource
@@ -24,7 +25,7 @@ class Resident:
     """Raises StateError for a state that cannot be loaded."""
 
     def __init__(self, adopt: Adopt, cpu: Cpu, block: VmBlock, frames: FrameSource, tsc_khz: int,
-                 console: Callable[[bytes], None]) -> None:
+                 console: Callable[[bytes], None], translator: Translator) -> None:
         self.lease = adopt.vm
         #: CLOCK_MONOTONIC ns of its entry among the worker's alarms that counts
         self.alarm: int | None = None
@@ -33,7 +34,8 @@ class Resident:
             passed = max(0, time.monotonic_ns() - adopt.since_ns)
             state.time_ns += passed
             state.cpu.tsc = state.cpu.tsc + passed * tsc_khz // 1_000_000 & (1 << 64) - 1
-        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz)
+        more: dict[str, Any] = {"engine": translator.engine} if state.monitor == "bt" else {}
+        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz, **more)
         self.machine.resume_clock()
         self._accounting = block.accounting
         # what it had before it came here; the run queue counts from zero
@@ -67,6 +69,12 @@ class Resident:
     def capture(self) -> bytes:
         """Its state without memory; it is off the CPU from here on."""
         return encode(self.machine.capture())
+
+    def close(self) -> None:
+        """It is not run here any more: give back what the monitor took for it."""
+        close = getattr(self.machine, "close", None)
+        if close is not None:
+            close()
 
     def account(self, usage: Usage) -> None:
         """Publish where its time went."""

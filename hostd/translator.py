@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from hostd.model import DEFAULT_CACHE, TranslatorView
+from hostd.model import DEFAULT_CACHE, BtCpu, TranslatorView
 from vmm.memory.pool import Pool
+from vmm.silicon.kick import Kicker
 
 if TYPE_CHECKING:
     from vmm.bt.engine import TranslationEngine  # type: ignore[import-not-found]
+
+log = logging.getLogger(__name__)
 
 #: the most that is shown of translated code at once
 MAX_UNITS = 200
@@ -21,22 +25,37 @@ _GAP = "\n\n"
 _COUNTERS = ("units", "instructions", "chained", "evicted", "rejected", "shared", "pages")
 
 
+class NoTranslator(Exception):
+    """The engine cannot be made in this process; a sentence says why."""
+
+
 class Translator:
     """Makes the engine when the first guest needs it: that reserves address space, and installs handlers for
-    the signals of faults, neither of which a worker without such guests should have."""
+    the signals of faults, neither of which a worker without such guests should have.
 
-    def __init__(self, pool: Pool, cpu: str, cache_bytes: int = DEFAULT_CACHE) -> None:
+    What kicks the silicon by `kicker` is to stop translated code, too.
+    """
+
+    def __init__(self, pool: Pool, kicker: Kicker, cpu: BtCpu, cache_bytes: int = DEFAULT_CACHE) -> None:
         self._pool = pool
+        self._kicker = kicker
         self._cpu = cpu
         self._cache_bytes = cache_bytes
         self._engine: TranslationEngine | None = None
 
     def engine(self) -> TranslationEngine:
-        """The engine, the same one at every call."""
+        """The engine, the same one at every call.  Raises NoTranslator."""
         if self._engine is None:
-            from vmm.bt.engine import TranslationEngine
+            try:
+                from vmm.bt.engine import TranslationEngine
 
-            self._engine = TranslationEngine(self._pool, cpu=self._cpu, cache_bytes=self._cache_bytes)
+                self._engine = TranslationEngine(self._pool, cpu=self._cpu, cache_bytes=self._cache_bytes,
+                                                 kicker=self._kicker)
+            except Exception as error:
+                # hardware assistance works all the same: this must not cost other guests their worker
+                log.exception("no engine for binary translation")
+                raise NoTranslator(
+                    f"binary translation is not possible here: {type(error).__name__}: {error}") from error
         return self._engine
 
     def view(self) -> TranslatorView:

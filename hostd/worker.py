@@ -22,15 +22,16 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import unicorn
 
 from hostd import logs, protocol
+from hostd.model import BtCpu
 from hostd.resident import Resident
 from hostd.scheduler import RunQueue
 from hostd.translations import Translations
-from hostd.translator import Translator
+from hostd.translator import NoTranslator, Translator
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
@@ -203,9 +204,12 @@ class WorkerLoop:
             block = VmBlock(self._pool, message.base_frame, message.memory_bytes)
             self._translations.forget_guest(block.leaf(), message.snapshot)
             guest = Resident(message, self._cpu, block, self._magazine, self._tsc_khz,
-                             lambda data: self._say(lease, data))
+                             lambda data: self._say(lease, data), self._translator)
         except (StateError, ValueError) as error:
             self._send(protocol.Refused(lease, "adopt", f"its state cannot be loaded: {error}"))
+            return
+        except NoTranslator as error:
+            self._send(protocol.Refused(lease, "adopt", str(error)))
             return
         self._guests[lease] = guest
         self._queue.add(lease, message.weight, message.cap, now)
@@ -275,6 +279,7 @@ class WorkerLoop:
         """Close the guest's books: it is not here any more."""
         guest.account(self._queue.remove(guest.lease, now))
         self._report_dropped(guest)
+        guest.close()
         del self._guests[guest.lease]
 
     def _report_dropped(self, guest: Resident) -> None:
@@ -329,7 +334,7 @@ def main(arguments: list[str]) -> None:
         selftest.run(cpu)
     except SiliconError as error:
         sys.exit(f"hostd worker {index}: {error}")
-    translator = Translator(pool, bt_cpu, int(bt_cache))
+    translator = Translator(pool, cpu.kicker, cast(BtCpu, bt_cpu), int(bt_cache))
     loop = WorkerLoop(channel, pool, cpu, translator, int(tsc_khz), int(slice_ns))
     cpu.kicker.on_readable(channel.fileno())
     loop.hello(f"Unicorn {unicorn.__version__} AMD-V")

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hostd.model import TranslatorView
-from hostd.translator import MAX_CHARACTERS, MAX_UNITS, Translator, excerpt
+from hostd.translator import MAX_CHARACTERS, MAX_UNITS, NoTranslator, Translator, excerpt
 from vmm.memory.pool import Pool
+from vmm.silicon.kick import Kicker
+
+KICKER = object()
 
 
 class Engine:
@@ -37,7 +40,7 @@ class Engine:
 def translator(monkeypatch: pytest.MonkeyPatch) -> Translator:
     monkeypatch.setattr(Engine, "made", [])
     monkeypatch.setitem(sys.modules, "vmm.bt.engine", SimpleNamespace(TranslationEngine=Engine))
-    return Translator(Pool(1 << 20), "unicorn", 4096)
+    return Translator(Pool(1 << 20), cast(Kicker, KICKER), "unicorn", 4096)
 
 
 def test_without_a_guest_there_is_no_engine_and_nothing_is_counted(translator: Translator) -> None:
@@ -50,11 +53,24 @@ def test_the_engine_is_one_for_all_guests(translator: Translator) -> None:
     assert translator.engine() is translator.engine()
     (engine,) = Engine.made
     assert isinstance(engine.arguments[0], Pool)
-    assert engine.options == {"cpu": "unicorn", "cache_bytes": 4096}
+    assert engine.options == {"cpu": "unicorn", "cache_bytes": 4096, "kicker": KICKER}
     assert translator.view() == TranslatorView(units=1, instructions=2, chained=3, evicted=4, rejected=5,
                                                shared=6, pages=7, used_bytes=8)
     translator.close()
     assert engine.closed
+
+
+def test_an_engine_that_cannot_be_made_is_told_in_a_sentence_each_time(
+        translator: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(sys.modules["vmm.bt.engine"], "TranslationEngine", fail)
+    for _ in range(2):
+        with pytest.raises(NoTranslator, match=r"^binary translation is not possible here: .*Cannot"):
+            translator.engine()
+    assert translator.view() == TranslatorView()
+    translator.close()
 
 
 def unit(lines: int) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hostd.model import BtCpu
 from hostd.scheduler.runqueue import LONE_TURN_NS
 from hostd.translator import Translator
 from vmm.boot.layout import Write
@@ -34,12 +35,12 @@ def _silent(data: bytes) -> None:
 class Rig:
     """Machines come and go; what they leave in memory or in the CPU does not reach the next."""
 
-    def __init__(self, memory_bytes: int, bt_cpu: str = "native") -> None:
+    def __init__(self, memory_bytes: int, bt_cpu: BtCpu = "native") -> None:
         self.pool = Pool(memory_bytes)
         self.allocator = FrameAllocator(self.pool)
         self.frames = LocalFrames(self.allocator, _NO_LIMIT)
         self.cpu = Cpu(self.pool)
-        self.translator = Translator(self.pool, bt_cpu)
+        self.translator = Translator(self.pool, self.cpu.kicker, bt_cpu)
         self.tsc_khz = tsc.measure_khz()
 
     def block(self, memory_bytes: int, writes: Iterable[Write]) -> VmBlock:
@@ -80,7 +81,7 @@ class Rig:
 
 
 @contextmanager
-def rig(memory_bytes: int, bt_cpu: str = "native") -> Iterator[Rig]:
+def rig(memory_bytes: int, bt_cpu: BtCpu = "native") -> Iterator[Rig]:
     """A rig whose guests have at most `memory_bytes` together, tables and all; `bt_cpu` executes what is
     translated of them."""
     made = Rig(memory_bytes, bt_cpu)

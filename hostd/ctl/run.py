@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
 import click
 
@@ -22,6 +22,8 @@ from hostd.ctl.errors import TIMEOUT, CtlError
 from hostd.ctl.session import SIZE
 from hostd.errors import Invalid
 from hostd.loader import BootFiles, lay_out
+from hostd.model import BT_CPUS, MONITORS, BtCpu
+from hostd.translator import NoTranslator, Translator
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock, check_memory_size, new_block
 from vmm.memory.frames import FrameAllocator, Magazine
@@ -53,10 +55,14 @@ class Machine(Protocol):
 @click.option("--initrd", type=_FILE, help="Its initial RAM disk or module.")
 @click.option("--append", default="", help="Its command line.")
 @click.option("--memory", type=SIZE, default="128M", show_default=True, help="RAM, like 128M or 1G.")
-@click.option("--vmm", type=click.Choice(["hw"]), default="hw", show_default=True, help="The monitor.")
+@click.option("--vmm", type=click.Choice(MONITORS), default=MONITORS[0], show_default=True,
+              help="The monitor.")
+@click.option("--bt-cpu", type=click.Choice(BT_CPUS), default=BT_CPUS[0], show_default=True,
+              help="What executes translated code, with --vmm bt.")
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), metavar="S", help="Fail after so long.")
 def run_command(
-    file: Path, initrd: Path | None, append: str, memory: int, vmm: str, timeout: float | None
+    file: Path, initrd: Path | None, append: str, memory: int, vmm: str, bt_cpu: BtCpu,
+    timeout: float | None
 ) -> None:
     """Run the kernel FILE in the foreground, its serial console on this terminal; Ctrl-] ends it.
 
@@ -64,7 +70,7 @@ def run_command(
     when it powered off; 1 when it crashed or reset itself; 4 when the time was up.
     """
     files = BootFiles(file.read_bytes(), initrd.read_bytes() if initrd else None, append)
-    with machine(files, memory) as (guest, cpu), _interrupts_are_flags() as interrupted:
+    with machine(files, memory, vmm, bt_cpu) as (guest, cpu), _interrupts_are_flags() as interrupted:
         keys = Keys(sys.stdin.fileno())
         cpu.kicker.on_readable(keys.descriptor)
         with raw_terminal():
@@ -73,7 +79,8 @@ def run_command(
 
 
 @contextmanager
-def machine(files: BootFiles, memory_bytes: int) -> Iterator[tuple[VirtualMachine, Cpu]]:
+def machine(files: BootFiles, memory_bytes: int, vmm: str = "hw",
+            bt_cpu: BtCpu = "native") -> Iterator[tuple[VirtualMachine, Cpu]]:
     """A machine with these files in its memory, on a CPU of its own."""
     try:
         check_memory_size(memory_bytes)
@@ -89,15 +96,20 @@ def machine(files: BootFiles, memory_bytes: int) -> Iterator[tuple[VirtualMachin
     memory = GuestMemory(block.p2m, magazine)
     for gpa, data in image.writes:
         memory.write(gpa, data)
-    state = MachineState(memory_bytes=memory_bytes, cpu=image.cpu)
+    state = MachineState(memory_bytes=memory_bytes, cpu=image.cpu, monitor=vmm)
     try:
         cpu = Cpu(pool)
         selftest.run(cpu)
     except SiliconError as error:
         raise CtlError(str(error)) from None
+    translator = Translator(pool, cpu.kicker, bt_cpu)
+    more: dict[str, Any] = {"engine": translator.engine} if vmm == "bt" else {}
     try:
-        yield VirtualMachine(cpu, block, magazine, state, write_out, tsc.measure_khz()), cpu
+        yield VirtualMachine(cpu, block, magazine, state, write_out, tsc.measure_khz(), **more), cpu
+    except NoTranslator as error:
+        raise CtlError(str(error)) from None
     finally:
+        translator.close()
         cpu.close()
 
 
