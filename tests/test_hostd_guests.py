@@ -104,6 +104,17 @@ def test_a_killed_worker_takes_down_its_own_guests_only(daemon: PrivateDaemon) -
     daemon.do("vm3", "start")
 
 
+def test_a_crash_of_a_worker_s_own_code_is_in_the_log(daemon: PrivateDaemon) -> None:
+    run(daemon, "primes", "loop", name="vm")
+    daemon.wait("vm", console="primes: ")
+    victim = daemon.get("/vms/vm")["worker"]
+    os.kill(daemon.worker_pids()[victim], signal.SIGSEGV)
+    assert daemon.wait("vm", state="crashed")["reason"] == f"worker {victim} died: killed by SIGSEGV"
+    said = daemon.said()
+    assert "Fatal Python error: Segmentation fault" in said and "worker.py\"" in said
+    daemon.worker_pids()
+
+
 def test_resetting_a_guest_boots_it_again(daemon: PrivateDaemon) -> None:
     run(daemon, "idle")
     daemon.wait("vm", console="idle")
