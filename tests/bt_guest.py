@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmm.bt.cache import Callout, Edge, TranslationCache
+from vmm.bt.cache import Callout, Edge, Translation, TranslationCache
+from vmm.bt.codepage import CodePage
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import R8, REGISTERS, RIP
 from vmm.bt.native.cpu import NativeCpu
@@ -41,6 +42,8 @@ class Guest:
         self.window = Window(self.pool, MappingBudget())
         self.table = JumpTable()
         self.cache = TranslationCache(self.cpu.arena)
+        self.cache.tables.append(self.table)
+        self.code: dict[tuple[Mode, int], CodePage] = {}
         self.block = self.cpu.new_block()
         self.block.set("window", self.window.base)
         self.block.set("jump_table", self.table.base)
@@ -49,16 +52,27 @@ class Guest:
         self.memory = self.pool.view
         self.cpu.prepare()
 
-    def fetch(self, page: int) -> memoryview:
+    def fetch(self, page: int) -> bytes:
+        """The bytes of a page."""
         if page >= self.pages:
             raise PageFault
-        return self.memory[page << PAGE_SHIFT:(page << PAGE_SHIFT) + PAGE]
+        return bytes(self.memory[page << PAGE_SHIFT:(page << PAGE_SHIFT) + PAGE])
+
+    def unit(self, eip: int, mode: Mode = FLAT) -> Translation:
+        """The unit at `eip`, translated now if need be."""
+        number = eip >> PAGE_SHIFT
+        page = self.code.get((mode, number))
+        if page is None:
+            page = self.code[mode, number] = self.cache.page(mode, number, self.fetch(number))
+        return self.cache.get(page, eip, lambda: self.fetch(number + 1))
 
     def write(self, address: int, data: bytes) -> None:
-        """Write to memory; translations of what was there are gone."""
+        """Write to memory; code that was there is looked at again."""
         self.memory[address:address + len(data)] = data
-        for page in range(address >> PAGE_SHIFT, (address + len(data) - 1 >> PAGE_SHIFT) + 1):
-            self.cache.invalidate(0, page)
+        for number in range(address >> PAGE_SHIFT, (address + len(data) - 1 >> PAGE_SHIFT) + 1):
+            self.table.drop_page(number)
+            for key in [key for key in self.code if key[1] == number]:
+                del self.code[key]
 
     @property
     def registers(self) -> list[int]:
@@ -73,7 +87,7 @@ class Guest:
         """Run from `eip` to a callout or a fault, or until the guest left its code `limit` times."""
         cache, cpu, block = self.cache, self.cpu, self.block
         try:
-            address = cache.get(mode, eip, self.fetch).address
+            address = self.unit(eip, mode).address
             for _ in range(limit):
                 left = cpu.enter(block, address)
                 if left >= 0:
@@ -81,13 +95,12 @@ class Guest:
                     if isinstance(what, Callout):
                         return Stop("callout", what.eip)
                     assert isinstance(what, Edge)
-                    eip = what.successor.eip
-                    address = cache.follow(what, self.fetch).address
+                    eip = what.eip
+                    address = cache.follow(what, lambda: self.fetch((eip >> PAGE_SHIFT) + 1)).address
                 elif left == MISS:
                     eip = block.q[R8]
-                    found = cache.get(mode, eip, self.fetch)
-                    cache.publish(found, self.table)
-                    address = found.address
+                    address = self.unit(eip, mode).address
+                    self.table.set(eip, address)
                 elif left == PREEMPTED:
                     address = cache.resume_at(block.q[RIP])
                 else:

@@ -276,7 +276,7 @@ def test_every_form_has_the_length_the_disassembler_finds_and_stays_in_the_windo
 
 def test_the_verifiers_numbers_are_those_of_the_state_block_and_the_arena() -> None:
     names = {0x08: "system_flags", 0x0C: "interrupt_flag", 0x10: "interrupt_pending", 0x18: "segment_base",
-             0x30: "selector", 0x48: "spill"}
+             0x30: "selector", 0x48: "spill", 0x7C: "direction"}
     assert [(FIELDS[names[offset]].offset, FIELDS[names[offset]].size * FIELDS[names[offset]].length)
             for offset, _, _ in BLOCK_FIELDS] == [(offset, length) for offset, length, _ in BLOCK_FIELDS]
     arena = Arena(1 << 20, 16, b"")

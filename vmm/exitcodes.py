@@ -91,6 +91,14 @@ class ExitCode(IntEnum):
     AVIC_INCOMPLETE_IPI = 0x401
     AVIC_NOACCEL = 0x402
     VMGEXIT = 0x403
+    # events of the software monitor, which leaves its guest for them (vmm/bt/processor.py)
+    BT_HIDDEN_FAULT = 0x408        # a page the shadow did not have
+    BT_TRACE = 0x409               # a store to a traced page
+    BT_ADAPTED = 0x40A             # an instruction retranslated as a simulation, or back
+    BT_SIMULATED = 0x40B
+    BT_MISS = 0x40C                # an indirect jump the table did not know
+    BT_CHAIN = 0x40D               # a jump not yet led to its translation
+    BT_SILICON = 0x40E             # an instruction, or an interlude, left to the emulated silicon
     # -1 to -4, as they lie in the 64-bit EXITCODE field
     INVALID = 0xFFFFFFFF_FFFFFFFF
     BUSY = 0xFFFFFFFF_FFFFFFFE

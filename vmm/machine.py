@@ -6,6 +6,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from vmm.bt.engine import TranslationEngine
+from vmm.bt.processor import TranslatingProcessor
 from vmm.clock import GuestClock
 from vmm.devices.board import Board
 from vmm.devices.timers import NEVER
@@ -16,18 +18,20 @@ from vmm.memory.frames import FrameSource
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import tsc
 from vmm.silicon.cpu import Cpu
-from vmm.state import MachineState
+from vmm.state import MachineState, StateError
 
 
 class VirtualMachine:
     """One guest on the CPU of this process, built from a state over the memory in its block.
 
-    `console` gets what the guest prints.  The clock stands still until `resume_clock`.
+    `console` gets what the guest prints.  The clock stands still until `resume_clock`.  `engine` is asked for
+    where the state says that the software monitor runs the guest; then `close` must be called in the end.
     Raises StateError for a state the devices refuse.
     """
 
     def __init__(self, cpu: Cpu, block: VmBlock, frames: FrameSource, state: MachineState,
-                 console: Callable[[bytes], None], tsc_khz: int) -> None:
+                 console: Callable[[bytes], None], tsc_khz: int,
+                 engine: Callable[[], TranslationEngine] | None = None) -> None:
         self.block = block
         self.frames = frames
         self.clock = GuestClock(tsc_khz, tsc.read, state.time_ns, state.cpu.tsc)
@@ -35,7 +39,17 @@ class VirtualMachine:
                            self._on_reset, self._on_poweroff, self._on_debug_exit, state.memory_bytes)
         if state.devices:
             self.board.load(state.devices)
-        self.processor = Processor(cpu, block, frames, self.board, self.clock, state.cpu)
+        self.monitor = state.monitor
+        self.processor: Processor
+        if state.monitor == "bt":
+            if engine is None:
+                raise StateError("a guest of the software monitor, and no engine to translate its code")
+            self.processor = TranslatingProcessor(cpu, block, frames, self.board, self.clock, state.cpu,
+                                                  engine())
+        elif state.monitor == "hw":
+            self.processor = Processor(cpu, block, frames, self.board, self.clock, state.cpu)
+        else:
+            raise StateError(f"a guest of monitor {state.monitor!r}: there are hw and bt")
 
     # -- running -----------------------------------------------------------------------------------
 
@@ -102,7 +116,18 @@ class VirtualMachine:
         """Everything but the memory; the clock stands still afterwards."""
         self.pause_clock()
         return MachineState(memory_bytes=self.block.memory_bytes, cpu=self.processor.capture(),
-                            time_ns=self.clock.now(), devices=self.board.save(), monitor="hw")
+                            time_ns=self.clock.now(), devices=self.board.save(), monitor=self.monitor)
+
+    def close(self) -> None:
+        """The guest is not here any more."""
+        if isinstance(self.processor, TranslatingProcessor):
+            self.processor.close()
+
+    def translations(self, address: int | None = None, most: int = 200) -> str:
+        """The translation units of a guest's code as a listing, or the one with `address` in it."""
+        if not isinstance(self.processor, TranslatingProcessor):
+            raise ValueError("the guest runs under the hardware-assisted monitor: nothing is translated")
+        return self.processor.listing(address, most)
 
     # -- ends --------------------------------------------------------------------------------------
 

@@ -1,79 +1,100 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The translation cache: units by mode and guest address, their chains, and their end.
+"""The translation cache: units by the page of guest code they belong to, their chains, and their end.
 
-    unit = cache.get(mode, eip, fetch)
+    page = cache.page(mode, number, code)
+    unit = cache.get(page, eip, beyond)
     match cache.exits[cpu.enter(block, unit.address)]:
-        case Edge() as edge: unit = cache.follow(edge, fetch)      # chained from now on
+        case Edge() as edge: unit = cache.follow(edge, beyond)     # chained from now on
         case Callout(eip=eip): ...                                 # the monitor executes what is there
 
 The arena is filled region by region, in a circle; before a region is used again all units in it die.  A
 unit that follows the one that leads to it takes the place of its trailing jump, and is fallen into.
 
 Invariants: every jump out of a unit owns an exit stub for as long as the unit lives, so it can be unchained
-without one; a unit that falls into another dies with it; nothing is written that the verifier has not
-accepted.
+without one; direct jumps lead to units of the same page (vmm/bt/codepage.py says why); a unit that falls into
+another dies with it; nothing is written that the verifier has not accepted.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
-from vmm.bt.decode import Truncated
+from vmm.bt.codepage import TAIL_BYTES, CodePage
+from vmm.bt.cpu import Arena, JumpTable
+from vmm.bt.decode import Instruction, Truncated, decode
 from vmm.bt.mode import Mode
-from vmm.bt.native.arena import STUB_BYTES, Arena
-from vmm.bt.native.jumptable import JumpTable
+from vmm.bt.native.arena import STUB_BYTES
 from vmm.bt.strings import INTO_WINDOW
 from vmm.bt.template import Exit
-from vmm.bt.translate import Draft, Translator, callout
-from vmm.bt.unit import Successor, Unit
+from vmm.bt.translate import Draft, Translator, bridge, callout
+from vmm.bt.unit import Piece, Successor, Unit
 from vmm.bt.verify import Layout, Rejected, Verifier
-from vmm.memory.pool import PAGE, PAGE_SHIFT
+from vmm.memory.pool import PAGE
 
-_PAGES = 1 << 32 - PAGE_SHIFT
 _JMP_BYTES = 5
 _REGIONS = 8
 #: modes whose templates are kept
 _TRANSLATORS = 64
+#: pages known without a unit before they are looked through
+_MOST_PAGES = 16384
 
-_address = attrgetter("unit.address")
+_address = attrgetter("address")
 
-#: the bytes of a page of guest code, by page number; whatever it raises goes to the caller
-Fetch: TypeAlias = Callable[[int], bytes | memoryview]
+#: how the page behind the one in question begins; whatever it raises goes to the caller
+Beyond: TypeAlias = Callable[[], bytes]
 
 
 @dataclass(slots=True, eq=False)
 class Translation:
     """A unit in the cache."""
 
-    mode: Mode
-    unit: Unit
-    #: pages its guest code is in
-    pages: tuple[int, ...]
-    edges: list[Edge] = field(default_factory=list)
-    #: stubs of its callouts
-    callouts: list[int] = field(default_factory=list)
+    page: CodePage
+    #: where its guest code begins in the page, and how long it is
+    offset: int
+    guest_bytes: int
+    #: how the next page has to begin; empty for all but units over a page's end
+    tail: bytes
+    #: where its host code is
+    address: int
+    length: int
+    pieces: tuple[Piece, ...]
+    edges: tuple[Edge, ...] = ()
+    callout: Callout | None = None
     #: jumps of any unit that lead here
-    incoming: set[Edge] = field(default_factory=set)
-    #: jump tables with an entry for it
-    tables: list[JumpTable] = field(default_factory=list)
+    incoming: list[Edge] = field(default_factory=list)
+    #: how often the monitor entered it, or found it on the CPU
+    hits: int = 0
     alive: bool = True
 
     @property
-    def address(self) -> int:
-        """Where it is entered."""
-        return self.unit.address
+    def eip(self) -> int:
+        """Its guest address."""
+        return self.page.base + self.offset
+
+    def eip_at(self, offset: int) -> int:
+        """The guest instruction to which the host code at `offset` belongs."""
+        at = 0
+        for piece in self.pieces:
+            if piece.host_at > offset:
+                break
+            at = piece.guest_at
+        return self.eip + at & 0xFFFF_FFFF
 
 
 @dataclass(slots=True, eq=False)
 class Edge:
-    """A direct jump from a unit to a guest address."""
+    """A direct jump from a unit to a guest address in the same page."""
 
     source: Translation
-    successor: Successor
+    eip: int
+    #: offset of the jump in the source's host code; its length if the jump is elided
+    at: int
+    #: the branch of a conditional jump, else what follows it
+    taken: bool
     #: host address of its displacement
     site: int
     stub: int
@@ -85,8 +106,12 @@ class Edge:
 class Callout(NamedTuple):
     """The guest instruction at `eip` is the monitor's to execute."""
 
-    translation: Translation
     eip: int
+    form: Instruction
+    #: its bytes
+    code: bytes
+    stub: int
+    simulated: bool = False
 
 
 @dataclass(slots=True)
@@ -104,6 +129,9 @@ class Counters:
     invalidated: int = 0
     #: units the verifier rejected, each left to the monitor instead
     rejected: int = 0
+    #: units found ready by somebody who had not translated them
+    shared: int = 0
+    pages: int = 0
 
 
 class TranslationCache:
@@ -116,10 +144,11 @@ class TranslationCache:
         #: what each exit stub stands for
         self.exits: list[Edge | Callout | None] = [None] * arena.stub_count
         self.counters = Counters()
+        #: jump tables that may have entries for units here
+        self.tables: list[JumpTable] = []
         self._free = list(range(arena.stub_count - 1, -1, -1))
         self._translators: dict[Mode, Translator] = {}
-        self._known: dict[tuple[Mode, int], Translation] = {}
-        self._by_page: dict[tuple[int, int], set[Translation]] = {}
+        self._pages: dict[tuple[Mode, int, bytes], CodePage] = {}
         self._placed: list[Translation] = []           # by address
         self._region_bytes = arena.units_bytes // _REGIONS
         self._region = 0
@@ -129,28 +158,54 @@ class TranslationCache:
     def __len__(self) -> int:
         return len(self._placed)
 
-    def find(self, mode: Mode, eip: int) -> Translation | None:
+    @property
+    def used_bytes(self) -> int:
+        """Host code of units alive."""
+        return sum(one.length for one in self._placed)
+
+    # -- pages and units ---------------------------------------------------------------------------
+
+    def page(self, mode: Mode, number: int, code: bytes) -> CodePage:
+        """The page with these bytes at this place, known already or new."""
+        key = mode, number, code
+        found = self._pages.get(key)
+        if found is None:
+            if len(self._pages) >= _MOST_PAGES:
+                self._pages = {key: page for key, page in self._pages.items() if page.units}
+            found = self._pages[key] = CodePage(mode, number, code)
+            self.counters.pages += 1
+        return found
+
+    def find(self, page: CodePage, eip: int, beyond: Beyond) -> Translation | None:
         """The unit that begins at `eip`, if there is one."""
-        return self._known.get((mode, eip))
+        offset = eip & PAGE - 1
+        found = page.units.get(offset)
+        if found is None and page.straddlers:
+            found = page.unit_at(offset, beyond())
+        return found
 
-    def get(self, mode: Mode, eip: int, fetch: Fetch) -> Translation:
+    def get(self, page: CodePage, eip: int, beyond: Beyond) -> Translation:
         """The unit that begins at `eip`; translated now if need be."""
-        return self._known.get((mode, eip)) or self._translate(mode, eip, fetch, None)
+        return self.find(page, eip, beyond) or self._translate(page, eip & PAGE - 1, beyond, None)
 
-    def follow(self, edge: Edge, fetch: Fetch) -> Translation:
+    def follow(self, edge: Edge, beyond: Beyond) -> Translation:
         """The unit a jump leads to, which from now on it reaches by itself."""
-        mode, eip = edge.source.mode, edge.successor.eip
-        target = self._known.get((mode, eip)) or self._translate(mode, eip, fetch, edge)
+        page = edge.source.page
+        target = self.find(page, edge.eip, beyond) or self._translate(page, edge.eip & PAGE - 1, beyond, edge)
         if edge.target is None and edge.source.alive:
-            self._arena.write(edge.site, self.verifier.patch(edge.site, target.address))
-            self._join(edge, target)
-        return target
+            reached = self._bridge(page, edge.eip) if target.tail else target
+            if edge.source.alive and target.alive:
+                self._arena.write(edge.site, self.verifier.patch(edge.site, reached.address))
+                self._join(edge, reached)
+        return target if target.alive else self.follow(edge, beyond)
 
-    def publish(self, translation: Translation, table: JumpTable) -> None:
-        """Let indirect jumps through `table` reach a unit."""
-        table.set(translation.unit.eip, translation.address)
-        if table not in translation.tables:
-            translation.tables.append(table)
+    def _bridge(self, page: CodePage, eip: int) -> Translation:
+        """A jump through the table to a unit over the page's end, since only the table knows which one."""
+        found = page.bridges.get(eip & PAGE - 1)
+        if found is None:
+            draft = bridge(eip)
+            found = self._install(page, draft, b"", self._place(draft, None), None)
+        return found
 
     def at(self, address: int) -> Translation | None:
         """The unit that has host code at `address`."""
@@ -158,12 +213,26 @@ class TranslationCache:
         if index < 0:
             return None
         found = self._placed[index]
-        return found if address < found.address + len(found.unit.host) else None
+        return found if address < found.address + found.length else None
 
     def eip_at(self, address: int) -> int | None:
         """The guest instruction whose host code is at `address`."""
         found = self.at(address)
-        return None if found is None else found.unit.eip_at(address - found.address)
+        return None if found is None else found.eip_at(address - found.address)
+
+    def boundary(self, address: int) -> int | None:
+        """The guest instruction that begins at host `address`, if one does.
+
+        A string instruction stands at its beginning whenever it stands in its repetition.
+        """
+        found = self.at(self.resume_at(address))
+        if found is None:
+            return None
+        offset = self.resume_at(address) - found.address
+        for piece in found.pieces:
+            if piece.host_at == offset:
+                return found.eip + piece.guest_at & 0xFFFF_FFFF
+        return None
 
     def resume_at(self, address: int) -> int:
         """Where a guest that stands at `address` must be entered: a string instruction from its start."""
@@ -172,56 +241,70 @@ class TranslationCache:
         if found is None or before < found.address or self._arena.read(
                 before, len(INTO_WINDOW)) != INTO_WINDOW:
             return address
-        starts = any(piece.host_at == before - found.address for piece in found.unit.pieces)
+        starts = any(piece.host_at == before - found.address for piece in found.pieces)
         return before if starts else address
+
+    def unit(self, one: Translation) -> Unit:
+        """A unit as it is now."""
+        page = one.page
+        guest = page.code[one.offset:one.offset + one.guest_bytes] + one.tail
+        successors = tuple(Successor(edge.eip, edge.at, edge.taken, edge.target is not None)
+                           for edge in one.edges)
+        return Unit(one.eip, page.mode.code32, guest, one.address,
+                    self._arena.read(one.address, one.length), one.pieces, successors, one.hits)
 
     def units(self) -> Iterator[Unit]:
         """All units as they are now, by address."""
-        for translation in self._placed:
-            unit = translation.unit
-            unit.host = self._arena.read(unit.address, len(unit.host))
-            yield unit
+        return map(self.unit, self._placed)
 
-    def invalidate(self, space: int, page: int) -> int:
-        """The code in a page of linear memory changed: its units die.  How many that were."""
-        dead = self._kill(self._by_page.get((space, page), ()))
+    # -- the end of units --------------------------------------------------------------------------
+
+    def kill(self, doomed: Iterable[Translation]) -> int:
+        """The code of these units changed.  How many died."""
+        dead = self._kill(doomed)
         self.counters.invalidated += dead
         return dead
 
-    def forget(self, space: int) -> int:
-        """A linear memory is gone, with all that is known of it."""
-        dead = self._kill([one for one in self._placed if one.mode.space == space])
-        for mode in [mode for mode in self._translators if mode.space == space]:
-            del self._translators[mode]
-        self.counters.invalidated += dead
-        return dead
+    def simulate(self, page: CodePage, offset: int, wanted: bool) -> None:
+        """From now on the monitor executes the instruction at `offset`, or does so no longer."""
+        (page.simulated.add if wanted else page.simulated.discard)(offset)
+        self.kill(page.covering(offset))
 
-    def _translate(self, mode: Mode, eip: int, fetch: Fetch, edge: Edge | None) -> Translation:
-        draft, guest = self._draft(mode, eip, fetch)
+    def forget(self, page: CodePage) -> None:
+        """A page nobody executes any more."""
+        self.kill(list(page.all_units()))
+        self._pages.pop((page.mode, page.number, page.code), None)
+
+    # -- making units ------------------------------------------------------------------------------
+
+    def _translate(self, page: CodePage, offset: int, beyond: Beyond, edge: Edge | None) -> Translation:
+        draft, tail = self._draft(page, offset, beyond)
+        if tail:
+            edge = None
         address = self._place(draft, edge)
         try:
-            return self._install(mode, draft, guest, address, edge)
+            return self._install(page, draft, tail, address, edge)
         except Rejected:
             self.counters.rejected += 1
             first = draft.pieces[1].guest_at if len(draft.pieces) > 1 else draft.guest_bytes
-            alone = callout(eip, first)
-            return self._install(mode, alone, guest[:first], self._place(alone, None), None)
+            alone = callout(draft.eip, first)
+            return self._install(page, alone, tail, self._place(alone, None), None)
 
-    def _draft(self, mode: Mode, eip: int, fetch: Fetch) -> tuple[Draft, bytes]:
-        translator = self._translators.get(mode)
+    def _draft(self, page: CodePage, offset: int, beyond: Beyond) -> tuple[Draft, bytes]:
+        translator = self._translators.get(page.mode)
         if translator is None:
             if len(self._translators) >= _TRANSLATORS:
                 self._translators.clear()
-            translator = self._translators[mode] = Translator(mode)
-        page, at = eip >> PAGE_SHIFT, eip & PAGE - 1
-        code = bytes(fetch(page))       # slices of bytes are cheaper than those of a view
+            translator = self._translators[page.mode] = Translator(page.mode)
+        eip = page.base + offset
         try:
-            draft = translator.translate(code, at, eip)
+            return translator.translate(page.code, offset, eip, page.simulated), b""
         except Truncated:
-            code = code[at:] + bytes(fetch((page + 1) % _PAGES)[:16])
-            at = 0
-            draft = translator.translate(code, 0, eip)
-        return draft, code[at:at + draft.guest_bytes]
+            rest = PAGE - offset
+            simulated: Collection[int] = (0,) if offset in page.simulated else ()
+            code = page.code[offset:] + beyond()[:TAIL_BYTES]
+            draft = translator.translate(code, 0, eip, simulated, longest=1)
+            return draft, code[rest:draft.guest_bytes]
 
     def _place(self, draft: Draft, edge: Edge | None) -> int:
         """Where the unit is to be: over the trailing jump that leads to it, if that is the last in use."""
@@ -236,7 +319,7 @@ class TranslationCache:
 
     def _elides(self, edge: Edge | None) -> bool:
         begin = self._arena.units + self._region * self._region_bytes
-        return (edge is not None and edge.source.alive and edge.trailing and edge.successor.at > 0
+        return (edge is not None and edge.source.alive and edge.trailing and edge.at > 0
                 and edge.site + 4 == self._next != begin)
 
     def _next_region(self) -> None:
@@ -248,18 +331,22 @@ class TranslationCache:
                        for bound in (self._next, self._limit))
         self.counters.evicted += self._kill(self._placed[first:last])
 
-    def _install(self, mode: Mode, draft: Draft, guest: bytes, address: int,
+    def _install(self, page: CodePage, draft: Draft, tail: bytes, address: int,
                  edge: Edge | None) -> Translation:
         """Give the jumps their targets; have the unit verified; make it known."""
         host, exits = draft.host, draft.exits
         stubs = self._free[len(self._free) - len(exits):]
         known: list[Translation | None] = []
+        units = page.units
         for number, leads in zip(stubs, exits):
-            found = None if leads.callout else self._known.get((mode, leads.eip))
+            found = None
+            if not leads.callout:
+                offset = leads.eip & PAGE - 1
+                found = units.get(offset) or page.bridges.get(offset)
             known.append(found)
             if found is not None:
-                to = found.unit.address
-            elif leads.eip == draft.eip and not leads.callout:
+                to = found.address
+            elif leads.eip == draft.eip and not leads.callout and not tail:
                 to = address
             else:
                 to = self._arena.stub(number)
@@ -270,59 +357,64 @@ class TranslationCache:
         self._arena.write(address, code)
         if stubs:
             del self._free[len(self._free) - len(stubs):]
-        first, last = draft.eip >> PAGE_SHIFT, (draft.eip + draft.guest_bytes - 1) >> PAGE_SHIFT
-        successors = tuple(
-            Successor(leads.eip, leads.at, leads.taken) for leads in exits if not leads.callout)
-        unit = Unit(draft.eip, mode.code32, guest, address, code, draft.pieces, successors)
-        made = Translation(mode, unit, tuple({first, last % _PAGES}))
+        offset = draft.eip & PAGE - 1
+        made = Translation(page, offset, min(draft.guest_bytes, PAGE - offset), tail, address, len(code),
+                           draft.pieces)
         if edge is not None and address == edge.site - 1:
             self._elide(edge, made)
-        self._register(made, exits, stubs, known)
+        self._register(made, draft, stubs, known)
         self._next = address + len(code)
         return made
 
-    def _register(self, made: Translation, exits: tuple[Exit, ...], stubs: list[int],
+    def _register(self, made: Translation, draft: Draft, stubs: list[int],
                   known: list[Translation | None]) -> None:
         """The unit is found from now on; its jumps get edges, joined to where they lead already."""
-        unit = made.unit
-        self._known[made.mode, unit.eip] = made
-        for page in made.pages:
-            units = self._by_page.get((made.mode.space, page))
-            if units is None:
-                units = self._by_page[made.mode.space, page] = set()
-            units.add(made)
-        if self._placed and self._placed[-1].address > unit.address:
+        page = made.page
+        if made.tail:
+            page.straddlers[made.offset, made.tail] = made
+        elif not made.guest_bytes:
+            page.bridges[made.offset] = made
+        else:
+            page.units[made.offset] = made
+        if self._placed and self._placed[-1].address > made.address:
             insort(self._placed, made, key=_address)
         else:
             self._placed.append(made)
-        following = iter(unit.successors)
-        for number, leads, target in zip(stubs, exits, known):
+        edges = []
+        for number, leads, target in zip(stubs, draft.exits, known):
             if leads.callout:
-                made.callouts.append(number)
-                self.exits[number] = Callout(made, leads.eip)
+                made.callout = self.exits[number] = self._callout(made, leads, number)
                 continue
-            trailing = leads.site + 4 == len(unit.host)
-            one = Edge(made, next(following), unit.address + leads.site, number, trailing)
-            made.edges.append(one)
+            one = Edge(made, leads.eip, leads.at, leads.taken, made.address + leads.site, number,
+                       leads.site + 4 == made.length)
+            edges.append(one)
             self.exits[number] = one
-            if leads.eip == unit.eip:
-                self._join(one, made)
-            elif target is not None:
+            if target is not None:
                 self._join(one, target)
+            elif leads.eip == draft.eip and not made.tail:
+                self._join(one, made)
+        if edges:
+            made.edges = tuple(edges)
         self.counters.units += 1
-        self.counters.instructions += len(unit.pieces)
+        self.counters.instructions += len(draft.pieces)
+
+    def _callout(self, made: Translation, leads: Exit, stub: int) -> Callout:
+        page = made.page
+        at = leads.eip - made.eip & 0xFFFF_FFFF
+        code = (page.code[made.offset + at:made.offset + made.guest_bytes] + made.tail).ljust(15, b"\0")
+        form = decode(code, 0, page.mode.code32)
+        return Callout(leads.eip, form, code[:form.length], stub, made.offset + at in page.simulated)
 
     def _join(self, edge: Edge, target: Translation) -> None:
         edge.target = target
-        edge.successor.chained = True
-        target.incoming.add(edge)
+        target.incoming.append(edge)
         self.counters.chained += 1
 
     def _elide(self, edge: Edge, target: Translation) -> None:
         """`target` is where the trailing jump to it was."""
-        unit = edge.source.unit
-        unit.host = unit.host[:-_JMP_BYTES]
-        edge.successor.at = len(unit.host)
+        source = edge.source
+        source.length -= _JMP_BYTES
+        edge.at = source.length
         self._join(edge, target)
         self.counters.elided += 1
 
@@ -331,14 +423,13 @@ class TranslationCache:
         waiting, dead = list(doomed), set[Translation]()
         while waiting:
             one = waiting.pop()
-            if one in dead:
+            if one in dead or not one.alive:
                 continue
             dead.add(one)
-            waiting.extend(edge.source for edge in one.incoming
-                           if edge.successor.at == len(edge.source.unit.host))
+            waiting.extend(edge.source for edge in one.incoming if edge.at == edge.source.length)
         for one in dead:
             for edge in one.incoming:
-                edge.target, edge.successor.chained = None, False
+                edge.target = None
                 if edge.source not in dead:
                     stub = self._arena.stub(edge.stub)
                     self._arena.write(edge.site, self.verifier.patch(edge.site, stub))
@@ -351,20 +442,23 @@ class TranslationCache:
 
     def _remove(self, dead: Translation) -> None:
         dead.alive = False
-        unit = dead.unit
-        self.verifier.retract(unit.address, len(unit.host))
-        del self._known[dead.mode, unit.eip]
-        for page in dead.pages:
-            key = (dead.mode.space, page)
-            self._by_page[key].discard(dead)
-            if not self._by_page[key]:
-                del self._by_page[key]
-        for table in dead.tables:
-            table.drop(unit.eip)
+        self.verifier.retract(dead.address, dead.length)
+        if dead.tail:
+            del dead.page.straddlers[dead.offset, dead.tail]
+        elif not dead.guest_bytes:
+            del dead.page.bridges[dead.offset]
+        else:
+            del dead.page.units[dead.offset]
+        eip, address = dead.eip, dead.address
+        for table in self.tables:
+            if table.get(eip) == address:
+                table.drop(eip)
         for edge in dead.edges:
             if edge.target is not None:
-                edge.target.incoming.discard(edge)
-        stubs = [*dead.callouts, *(edge.stub for edge in dead.edges)]
+                edge.target.incoming.remove(edge)
+        stubs = [edge.stub for edge in dead.edges]
+        if dead.callout is not None:
+            stubs.append(dead.callout.stub)
         for number in stubs:
             self.exits[number] = None
         self._free.extend(stubs)

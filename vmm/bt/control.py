@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from vmm.bt import flagcode
 from vmm.bt.decode import Instruction
+from vmm.bt.jumps import FAR_BYTES, THROUGH_TABLE, go, jump
 from vmm.bt.mode import Mode
 from vmm.bt.operand import access
 from vmm.bt.stack import load_r8, move_esp, store_immediate
@@ -21,45 +23,43 @@ from vmm.bt.table import Kind
 from vmm.bt.template import JMP, REL32, Code, Ending, EndingBuilder, Exit
 from vmm.bt.unit import Mark
 
-#: jmp [r15 + r8*8]
-_THROUGH_TABLE = b"\x43\xFF\x24\xC7"
-_JUMP = JMP + REL32
-
-
-def jump(eip: int, at: int = 0, *, taken: bool = False,
-         callout: bool = False) -> tuple[bytes, tuple[Exit, ...]]:
-    """A direct jump at offset `at`."""
-    return _JUMP, (Exit(at, at + 1, eip, taken, callout),)
-
 
 def _next(form: Instruction, eip: int) -> int:
     return eip + form.length & 0xFFFF_FFFF
 
 
 def _jcc(form: Instruction, mode: Mode) -> Ending:
-    both = bytes([0x0F, 0x80 | form.opcode & 15]) + REL32 + _JUMP
+    condition = form.opcode & 15
+    both = bytes([0x0F, 0x80 | condition]) + REL32 + JMP + REL32
+    # the other way round, over a jump through the table: so what follows can still be fallen into
+    around = bytes([0x70 | condition ^ 1, FAR_BYTES])
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return both, (Exit(base, base + 2, form.target(code, at, eip), True),
-                      Exit(base + 6, base + 7, _next(form, eip)))
+        taken, following = form.target(code, at, eip), _next(form, eip)
+        if taken ^ eip < 0x1000 and following ^ eip < 0x1000:
+            return both, (Exit(base, base + 2, taken, True), Exit(base + 6, base + 7, following))
+        there, first = go(eip, taken, base + 2, True)
+        skip = around if len(there) == FAR_BYTES else bytes([around[0], len(there)])
+        onward, second = go(eip, following, base + 2 + len(there))
+        return skip + there + onward, first + second
     return Ending(Mark.JCC, emit)
 
 
 def _loop(form: Instruction, mode: Mode) -> Ending | None:
     if form.addrsize == 2:
         return None
-    # loop +2; jmp +5; jmp [taken]; jmp [what follows]
-    every = bytes([0x67, form.opcode, 2, 0xEB, 5]) + _JUMP + _JUMP
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return every, (Exit(base + 5, base + 6, form.target(code, at, eip), True),
-                       Exit(base + 10, base + 11, _next(form, eip)))
+        # loop +2; jmp over; [taken]; over: [what follows]
+        there, first = go(eip, form.target(code, at, eip), base + 5, True)
+        onward, second = go(eip, _next(form, eip), base + 5 + len(there))
+        return (bytes([0x67, form.opcode, 2, 0xEB, len(there)]) + there + onward, first + second)
     return Ending(Mark.JCC, emit)
 
 
 def _jmp(form: Instruction, mode: Mode) -> Ending:
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return jump(form.target(code, at, eip), base, taken=True)
+        return go(eip, form.target(code, at, eip), base, True)
     return Ending(Mark.JMP, emit)
 
 
@@ -73,7 +73,7 @@ def _call(form: Instruction, mode: Mode) -> Ending | None:
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         pushed = _push_next(form, eip)
-        host, exits = jump(form.target(code, at, eip), base + len(pushed), taken=True)
+        host, exits = go(eip, form.target(code, at, eip), base + len(pushed), True)
         return pushed + host, exits
     return Ending(Mark.CALL, emit)
 
@@ -85,7 +85,7 @@ def _ret(form: Instruction, mode: Mode) -> Ending | None:
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
         dropped = form.immediate(code, at) & 0xFFFF
-        return pop + move_esp(4 + dropped) + _THROUGH_TABLE, ()
+        return pop + move_esp(4 + dropped) + THROUGH_TABLE, ()
     return Ending(Mark.RET, emit)
 
 
@@ -114,7 +114,7 @@ def _jmp_indirect(form: Instruction, mode: Mode) -> Ending | None:
         return None
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return load(code, at) + _THROUGH_TABLE, ()
+        return load(code, at) + THROUGH_TABLE, ()
     return Ending(Mark.INDIRECT, emit)
 
 
@@ -124,7 +124,7 @@ def _call_indirect(form: Instruction, mode: Mode) -> Ending | None:
         return None
 
     def emit(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
-        return load(code, at) + _push_next(form, eip) + _THROUGH_TABLE, ()
+        return load(code, at) + _push_next(form, eip) + THROUGH_TABLE, ()
     return Ending(Mark.CALL, emit)
 
 
@@ -137,6 +137,8 @@ ENDINGS: dict[Kind, EndingBuilder] = {
     Kind.JMP_INDIRECT: _jmp_indirect,
     Kind.CALL_INDIRECT: _call_indirect,
 }
+#: single instructions that are not treated as their kind is
+_BY_NAME: dict[str, EndingBuilder] = {"sti": flagcode.sti, "popfd": flagcode.popf}
 
 
 def _emit_callout(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tuple[Exit, ...]]:
@@ -145,9 +147,11 @@ def _emit_callout(code: Code, at: int, eip: int, base: int) -> tuple[bytes, tupl
 
 #: the monitor executes the instruction
 CALLOUT = Ending(Mark.CALLOUT, _emit_callout)
+#: the same, because the instruction kept trapping
+SIMULATED = Ending(Mark.SIMULATED, _emit_callout)
 
 
 def build(form: Instruction, mode: Mode) -> Ending | None:
     """How `form` ends a unit; None when it does not, or when the monitor has to execute it."""
-    builder = ENDINGS.get(form.entry.kind)
+    builder = _BY_NAME.get(form.entry.mnemonic) or ENDINGS.get(form.entry.kind)
     return None if builder is None else builder(form, mode)

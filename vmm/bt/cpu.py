@@ -16,6 +16,7 @@ from typing import Protocol
 from vmm.bt.native.block import Block
 from vmm.bt.native.windows import MappingBudget
 from vmm.memory.pool import Pool
+from vmm.silicon.kick import Kicker
 
 
 class Arena(Protocol):
@@ -126,6 +127,9 @@ class JumpTable(Protocol):
     def drop(self, guest: int) -> None:
         """A jump to `guest` misses from now on."""
 
+    def drop_page(self, number: int) -> None:
+        """Jumps into a page of guest code miss from now on, and those to what ends in it."""
+
     def clear(self) -> None:
         """Every jump misses from now on."""
 
@@ -162,6 +166,9 @@ class TranslationCpu(Protocol):
 
     def kick(self) -> None:
         """Make the next entry give up."""
+
+    def join(self, kicker: Kicker) -> None:
+        """What stops the emulated silicon is a kick for this CPU, too."""
 
     def close(self) -> None:
         """Give the arena and the timer back."""

@@ -7,7 +7,7 @@ access to memory that can fault.
 
 from __future__ import annotations
 
-from vmm.bt import stack, strings
+from vmm.bt import flagcode, segments, stack, strings
 from vmm.bt.decode import DS, Instruction
 from vmm.bt.mode import Mode
 from vmm.bt.operand import access, legacy_prefixes, load_base, opcode_bytes
@@ -100,6 +100,14 @@ def _maskmov(form: Instruction, mode: Mode) -> Template | None:
                  + bytes([form.modrm]))
 
 
+#: single instructions that are not treated as their kind is
+_BY_NAME: dict[str, Builder] = {
+    "cli": flagcode.cli,
+    "cld": flagcode.direction,
+    "std": flagcode.direction,
+    "pushfd": flagcode.pushf,
+}
+
 #: how each kind of instruction is translated; of the kinds not here, the monitor executes all
 BUILDERS: dict[Kind, Builder] = {
     Kind.IDENT: _ident,
@@ -115,12 +123,13 @@ BUILDERS: dict[Kind, Builder] = {
     Kind.ENTER: stack.enter,
     Kind.LEAVE: stack.leave,
     Kind.STRING: strings.string,
+    Kind.SEGMENT: segments.read,
 }
 
 
 def build(form: Instruction, mode: Mode) -> Template | None:
     """The template of an instruction that does not end a unit; None when the monitor has to execute it."""
-    builder = BUILDERS.get(form.entry.kind)
+    builder = _BY_NAME.get(form.entry.mnemonic) or BUILDERS.get(form.entry.kind)
     if builder is None or form.entry.unit not in mode.units or form.vvvv >= 0:
         return None
     return builder(form, mode)

@@ -19,8 +19,6 @@ _SSE = frozenset({Unit.SSE, Unit.SSE_MMX})
 class Mode(NamedTuple):
     """A state of the guest that code is translated for.  Other states run other translations."""
 
-    #: whose linear memory it is: addresses mean the same thing in translations with the same number only
-    space: int = 0
     code32: bool = True
     stack32: bool = True
     #: segments from 0 to 4 GiB, readable and writable (CS: executable and readable)
@@ -31,6 +29,8 @@ class Mode(NamedTuple):
     fpu: bool = True
     #: and CR4.OSFXSR
     sse: bool = True
+    #: CPL 3; else CPL 0
+    user: bool = False
 
     @property
     def translated(self) -> bool:

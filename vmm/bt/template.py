@@ -30,7 +30,7 @@ class Template(NamedTuple):
 
 
 class Exit(NamedTuple):
-    """A direct jump out of a unit.  Offsets count from the beginning of what it is in."""
+    """A direct jump to another unit of the same page.  Offsets count from the beginning of what it is in."""
 
     #: the jump, its 32-bit displacement, and where it leads in the guest
     at: int

@@ -4,14 +4,16 @@
     draft = Translator(mode).translate(code, at, eip)
 
 A unit is at most 12 instructions, or up to the one that transfers control or that the monitor has to
-execute.  What the draft leaves open is where its direct jumps go, and so it can be put anywhere.
+execute, or up to the end of the page: what follows it there, only the guest's page tables say.  What the
+draft leaves open is where its direct jumps go, and so it can be put anywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
-from vmm.bt import control, emit
+from vmm.bt import control, emit, jumps
 from vmm.bt.decode import Instruction, Truncated, decode
 from vmm.bt.mode import Mode
 from vmm.bt.template import Code, Ending, Exit, Template
@@ -40,10 +42,12 @@ class Translator:
         self.mode = mode
         self._templates: dict[Instruction, Template | Ending] = {}
 
-    def translate(self, code: Code, at: int, eip: int) -> Draft:
+    def translate(self, code: Code, at: int, eip: int, simulated: Collection[int] = (),
+                  longest: int = LONGEST_UNIT) -> Draft:
         """The unit that begins at `code[at]`, whose guest address is `eip`.
 
-        It ends early where `code` does; Truncated if that is within its first instruction.
+        It ends early where `code` does; Truncated if that is within its first instruction.  Instructions at
+        the offsets `simulated` are left to the monitor, whatever they are.
         """
         known, code32 = self._templates, self.mode.code32
         new = tuple.__new__         # twice as fast as calling Piece
@@ -52,7 +56,7 @@ class Translator:
         add = pieces.append
         start = at
         exits: tuple[Exit, ...] | None = None
-        for _ in range(LONGEST_UNIT):
+        for _ in range(longest):
             try:
                 form = decode(code, at, code32)
             except Truncated:
@@ -60,6 +64,8 @@ class Translator:
                     raise
                 break
             template = known.get(form) or self._learn(form)
+            if at in simulated:
+                template = control.SIMULATED
             if isinstance(template, Template):
                 mark, head, tail_at, build = template
                 if build is None:
@@ -82,7 +88,7 @@ class Translator:
             at += form.length
             break
         if exits is None:
-            jump, exits = control.jump(eip + at - start & 0xFFFF_FFFF, len(host))
+            jump, exits = jumps.go(eip, eip + at - start & 0xFFFF_FFFF, len(host))
             host += jump
         return Draft(eip, at - start, host, tuple(pieces), exits)
 
@@ -98,5 +104,10 @@ class Translator:
 
 def callout(eip: int, guest_bytes: int) -> Draft:
     """A unit that leaves its one instruction to the monitor."""
-    host, exits = control.jump(eip, callout=True)
+    host, exits = jumps.jump(eip, callout=True)
     return Draft(eip, guest_bytes, bytearray(host), (Piece(0, 0, Mark.CALLOUT),), exits)
+
+
+def bridge(eip: int) -> Draft:
+    """A jump to `eip` through the table, of no instruction's."""
+    return Draft(eip, 0, bytearray(jumps.far(eip)), (Piece(0, 0, Mark.JMP),), ())

@@ -25,7 +25,8 @@ BLOCK_FIELDS = (
     (0x10, 4, False),        # interrupt pending
     (0x18, 24, False),       # segment bases
     (0x30, 24, False),       # selectors
-    (0x48, 56, True),        # spill
+    (0x48, 52, True),        # spill
+    (0x7C, 4, True),         # direction
 )
 
 _INTEGER = """

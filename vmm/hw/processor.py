@@ -146,7 +146,7 @@ class Processor:
                 self._armed = min(deadline_ns, base + timers.next)
                 cpu.kicker.at(self._armed)
                 self.reenter = self._rose = False
-                code = cpu.vmrun(self.guest)
+                code = self.enter_guest()
                 if self.verdict is not None:
                     return self._leave()
                 if code == ExitCode.INTR:
@@ -170,6 +170,10 @@ class Processor:
             self.accounting.world_switches += cpu.switches - switches
 
     _rose = False
+
+    def enter_guest(self) -> int:
+        """Let the guest run until it has to leave; its exit code.  A timed stop is armed."""
+        return self.cpu.vmrun(self.guest)
 
     def _leave(self) -> Stop:
         verdict, self.verdict = self.verdict, None

@@ -11,12 +11,13 @@ entry is a long-mode PTE (AMD64 APM vol. 2, 5.3.3 and 15.25) whose three availab
     ballooned given back by the guest
 
 Invariant: a shared entry is never writable; a private entry lacks write permission only while the dirty
-log waits for its first write.  NX is never set (the silicon dereferences NULL on it, and guest page-table
+log waits for its first write, or a trace (vmm/bt/shadow.py) for its next.  NX is never set (the silicon dereferences NULL on it, and guest page-table
 walks fetch through these entries).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -39,6 +40,7 @@ from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
 
 #: the most memory a guest can have: the rest of the low 4 GiB belongs to devices
 MAX_MEMORY = 3 << 30
+_MASK64 = (1 << 64) - 1
 _ZERO_TABLE = memoryview(bytes(PAGE)).cast("Q")
 
 
@@ -74,6 +76,12 @@ class P2M:
         #: changes whenever a page that was mapped is mapped elsewhere, or less permissively
         self.version = 0
         self.logging = False
+        #: pages whose next write somebody wants to know of beforehand; they lack write permission
+        self.traced: set[int] = set()
+        #: told when a traced page is about to be written (it is traced no longer), and when a page has got
+        #: another frame
+        self.on_trace: Callable[[int], None] | None = None
+        self.on_remap: Callable[[int], None] | None = None
         self._spare_used = 0
 
     @classmethod
@@ -117,6 +125,10 @@ class P2M:
             return Outcome.MAPPED
         if entry & WRITABLE or not write:
             return Outcome.MAPPED
+        if page in self.traced:
+            self.traced.discard(page)
+            if self.on_trace is not None:
+                self.on_trace(page)
         if entry & KIND_MASK == Kind.PRIVATE << KIND_SHIFT:
             self.leaf[page] = entry | WRITABLE | LOGGED
             return Outcome.MAPPED
@@ -132,6 +144,13 @@ class P2M:
         self.dropped.append(old)
         self.version += 1
         self.cow_breaks += 1
+        if self.on_remap is not None:
+            self.on_remap(page)
+
+    def trace(self, page: int) -> None:
+        """Tell `on_trace` before the page is written next.  Who has it mapped writable must see to that."""
+        self.traced.add(page)
+        self.leaf[page] &= ~WRITABLE & _MASK64
 
     def for_read(self, gpa: int) -> int:
         """Machine address behind `gpa`, or -1 where the page is absent (reads as zero)."""
@@ -179,6 +198,7 @@ class P2M:
         entries = self._entries()
         entries &= ~np.uint64(LOGGED)
         entries[_private(entries)] |= np.uint64(WRITABLE)
+        entries[list(self.traced)] &= ~np.uint64(WRITABLE)
         self.logging = False
 
     def _entries(self) -> np.ndarray:

@@ -26,6 +26,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, UcError, unicorn_const, x86_const
@@ -55,6 +56,8 @@ _MMIO_WRITE = ctypes.CFUNCTYPE(None, _V, ctypes.c_uint64, ctypes.c_uint, ctypes.
 _TLB_FIRST_NS, _TLB_LONGEST_NS = 5_000_000, 1_000_000_000
 #: an intercept arrives as an interrupt of this number plus its exit code
 _EXIT_BASE = 0x100
+#: the parts of the FPU's state are not farther apart in the register file
+_FPU_GAP = 256
 VMEXIT_INVALID = ExitCode.INVALID & (1 << 64) - 1
 
 
@@ -65,6 +68,7 @@ def _ctl_write(kind: int, arguments: int) -> int:
 
 _TLB_FLUSH = _ctl_write(unicorn_const.UC_CTL_TLB_FLUSH, 0)
 _TB_REMOVE = _ctl_write(unicorn_const.UC_CTL_TB_REMOVE_CACHE, 2)
+_TB_FLUSH = _ctl_write(unicorn_const.UC_CTL_TB_FLUSH, 0)
 
 
 def new_engine() -> Uc:
@@ -123,6 +127,7 @@ class Cpu:
         self._left = False
         self._failure: BaseException | None = None
         self._snapshot: bytes | None = None
+        self._fpu: slice | None = None
         self._hooks = [self._hook(unicorn_const.UC_HOOK_INTR, _INTR_HOOK(self._on_interrupt))]
         for instruction, hook in ((x86_const.UC_X86_INS_SYSCALL, _PLAIN_HOOK(self._on_syscall)),
                                   (x86_const.UC_X86_INS_SYSENTER, _PLAIN_HOOK(self._on_sysenter)),
@@ -192,6 +197,11 @@ class Cpu:
         start = first << PAGE_SHIFT
         self._check(self._ctl(_V(self.handle), ctypes.c_int(_TB_REMOVE), ctypes.c_uint64(start),
                               ctypes.c_uint64(start + (count << PAGE_SHIFT))), "dropping translations")
+
+    def invalidate_all(self) -> None:
+        """Any code may have changed: forget everything that was translated."""
+        self.evict()
+        self._check(self._ctl(_V(self.handle), ctypes.c_int(_TB_FLUSH)), "dropping translations")
 
     def new_guest(self, vmcb_pa: int, monitor: Monitor) -> Guest:
         """A guest for the VMCB at `vmcb_pa`, its other registers as after reset."""
@@ -420,6 +430,43 @@ class Cpu:
         state.fxsave = bytes(self.area.fx)
         regs.image[:] = self.host_image
         return state
+
+    def save_fpu(self, guest: Guest) -> bytes:
+        """x87, MMX and SSE state of `guest`, which leaves the CPU for it, as FXSAVE64 stores it."""
+        self.evict()
+        regs = self.regs
+        regs.image[:] = guest.image
+        self.area.overlay_host(regs.image)
+        self._run_stub(self.area.fxsave_stub)
+        image = bytes(self.area.fx)
+        regs.image[:] = self.host_image
+        return image
+
+    def load_fpu(self, guest: Guest, fxsave: bytes) -> None:
+        """Give `guest`, which leaves the CPU for it, this x87, MMX and SSE state."""
+        self.evict()
+        where = self._fpu_range()
+        self._load_fx(fxsave)
+        guest.image[where] = self.regs.image[where]
+        self.regs.image[:] = self.host_image
+
+    def _load_fx(self, fxsave: bytes) -> None:
+        self.area.fx[:] = fxsave
+        self._run_stub(self.area.fxrstor_stub)
+
+    def _fpu_range(self) -> slice:
+        """Where the register file has what FXRSTOR loads: found by loading two images that differ in all."""
+        if self._fpu is None:
+            images = []
+            for byte in 0x00, 0xFF:
+                self._load_fx(bytes([byte]) * 24 + bytes(8) + bytes([byte]) * 480)
+                images.append(bytes(self.regs.image))
+                self.regs.image[:] = self.host_image
+            different = [at for at, (one, other) in enumerate(zip(*images)) if one != other]
+            # one stretch; what differs far behind it is derived, and not the FPU's
+            last = next(at for at, following in pairwise(different) if following > at + _FPU_GAP)
+            self._fpu = slice(different[0] & ~3, (last | 3) + 1)
+        return self._fpu
 
     def _run_stub(self, address: int) -> None:
         """Run one of the host area's stubs on its scratch page, up to its HLT."""

@@ -19,9 +19,9 @@ from vmm.bt.native.memory import PAGE
 STUB_BYTES = 16
 #: bytes of a stub up to the address its `lea` yields
 STUB_LEA = 7
-_STUB = (bytes.fromhex("4C8D2D00000000")                        # lea r13, [rip]
-         + bytes.fromhex("41FF66") + bytes([OFFSETS["exit"]])   # jmp [r14 + exit]
-         ).ljust(STUB_BYTES, b"\xCC")                           # int3
+STUB = (bytes.fromhex("4C8D2D00000000")                         # lea r13, [rip]
+        + bytes.fromhex("41FF66") + bytes([OFFSETS["exit"]])    # jmp [r14 + exit]
+        ).ljust(STUB_BYTES, b"\xCC")                            # int3
 
 
 class Arena:
@@ -43,7 +43,7 @@ class Arena:
             os.close(fd)
         self._view = memory.view(self._writable, size)
         self._view[:len(trampolines)] = trampolines
-        self._view[PAGE:PAGE + stubs * STUB_BYTES] = _STUB * stubs
+        self._view[PAGE:PAGE + stubs * STUB_BYTES] = STUB * stubs
         self.stubs = self.base + PAGE
         #: what r13 is in stub number 0
         self.origin = self.stubs + STUB_LEA

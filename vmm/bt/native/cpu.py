@@ -27,6 +27,7 @@ from vmm.bt.native.signals import Handlers
 from vmm.bt.native.timer import KickTimer
 from vmm.bt.native.windows import MappingBudget, Window
 from vmm.memory.pool import Pool
+from vmm.silicon.kick import Kicker
 
 DEFAULT_ARENA, DEFAULT_STUBS = 32 << 20, 1 << 16
 
@@ -101,6 +102,10 @@ class NativeCpu:
     def kick(self) -> None:
         """Make the next entry give up (for signal handlers of Python's, and tests)."""
         self._handlers.kick()
+
+    def join(self, kicker: Kicker) -> None:
+        """What stops the emulated silicon is a kick for this CPU, too: one timer, one signal for input."""
+        self._handlers.precede(kicker.signal)
 
     def close(self) -> None:
         """Give the arena and the timer back; the handlers stay."""

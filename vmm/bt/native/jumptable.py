@@ -8,13 +8,16 @@ An entry costs the page it is in: 4 KiB for the 512 guest addresses around it, w
 
 from __future__ import annotations
 
+from vmm.bt.codepage import TAIL_BYTES
 from vmm.bt.native import memory
 from vmm.bt.native.memory import PAGE
+from vmm.memory.pool import PAGE_SHIFT
 
 TABLE_BYTES = 8 << 32
 #: guest addresses whose entries share a page
 PER_PAGE = PAGE // 8
 _PAGE_SHIFT = 9
+_NO_ENTRIES = memoryview(bytes(PAGE)).cast("Q")
 
 
 class JumpTable:
@@ -58,6 +61,16 @@ class JumpTable:
         """A jump to `guest` misses from now on."""
         if guest >> _PAGE_SHIFT in self._pages:
             self._entries[guest] = 0
+
+    def drop_page(self, number: int) -> None:
+        """Jumps into a page of guest code miss from now on, and those to what ends in it."""
+        first = number << PAGE_SHIFT
+        for page in range(first >> _PAGE_SHIFT, (first + PAGE) >> _PAGE_SHIFT):
+            if page in self._pages:
+                self._entries[page << _PAGE_SHIFT:(page + 1) << _PAGE_SHIFT] = _NO_ENTRIES
+        before = max(first - TAIL_BYTES, 0)
+        if first and before >> _PAGE_SHIFT in self._pages:
+            self._entries[before:first] = _NO_ENTRIES[:first - before]
 
     def clear(self) -> None:
         """Every jump misses from now on."""

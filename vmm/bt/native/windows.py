@@ -15,9 +15,10 @@ frames and equal rights; the kernel merges neighbours by itself, and the windows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 from vmm.bt.native import memory
 from vmm.bt.native.memory import READ, WRITE
@@ -49,13 +50,25 @@ def runs(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, count
 
 
+class Spender(Protocol):
+    """What takes of a budget: the windows here, and those of the emulated processor."""
+
+    @property
+    def pages(self) -> Sized: ...
+    @property
+    def mappings(self) -> int: ...
+
+    def evict(self) -> None:
+        """Unmap some pages."""
+
+
 class MappingBudget:
     """The mappings all windows of a process may have together."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = host_mapping_limit() - _SPARE if limit is None else limit
         self.used = 0
-        self.windows: list[Window] = []
+        self.windows: list[Spender] = []
 
     def make_room(self) -> None:
         """Before a change: it splits at most one mapping in three.  The fullest window pays."""

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Views: the guest's linear memory as one of its address spaces shows it at one privilege.
+
+A view is a shadow page table whose walker is the host's MMU (a window of host mappings), a jump table for
+the code in it, and what both are derived from.  It is filled by faults and is to the guest a TLB: it may
+keep what the guest's page tables said until the guest flushes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vmm.bt.codepage import CodePage
+from vmm.bt.cpu import TranslationCpu
+from vmm.bt.mode import Mode
+from vmm.bt.native.block import JUMP_TABLE, WINDOW
+from vmm.bt.native.windows import MappingBudget, runs
+from vmm.memory.pool import Pool
+
+
+class View:
+    """One linear memory at one privilege.
+
+    Invariants: `sources` has the guest-physical page of every mapped page, and the window maps no other frame
+    than the P2M's; a jump table entry leads to a unit of `code[page]` or to one that ends in that page.
+    """
+
+    def __init__(self, cpu: TranslationCpu, pool: Pool, budget: MappingBudget, table_pages: int) -> None:
+        self.window = cpu.new_window(pool, budget, self._evicted)
+        self.table = cpu.new_table(table_pages)
+        #: linear page -> guest-physical page
+        self.sources: dict[int, int] = {}
+        #: linear page -> the code that is executed there
+        self.code: dict[int, CodePage] = {}
+        #: mapped pages, and pages of code, that a change of CR3 flushes
+        self.passing: set[int] = set()
+        #: first pages of large pages that something is mapped of, with their length
+        self.large: dict[int, int] = {}
+        self.user = False
+        self.mode: Mode | None = None
+
+    def change_mode(self, mode: Mode) -> None:
+        """Code is executed in another mode from now on: none of the old mode's units may be met."""
+        self.mode = mode
+        self.table.clear()
+        self.code.clear()
+
+    def enter(self, block: memoryview) -> None:
+        """Make a state block, given as quadwords, use this view."""
+        block[WINDOW] = self.window.base
+        block[JUMP_TABLE] = self.table.base
+
+    def map(self, page: int, source: int, frame: int, writable: bool) -> None:
+        """Show a guest-physical page."""
+        self.window.map(page, frame, 1, writable)
+        self.sources[page] = source
+
+    def drop(self, page: int, count: int = 1) -> None:
+        """Forget `count` pages: they fault again, and jumps into them miss."""
+        sources, code = self.sources, self.code
+        if count > len(sources) + len(code):
+            found = [one for one in sources.keys() | code.keys() if page <= one < page + count]
+        else:
+            found = [one for one in range(page, page + count) if one in sources or one in code]
+        if not found:
+            return
+        mapped = sorted(one for one in found if one in sources)
+        if len(mapped) > 64:
+            self.window.unmap(mapped[0], mapped[-1] - mapped[0] + 1)
+        else:
+            for first, length in runs(mapped):
+                self.window.unmap(first, length)
+        for one in found:
+            sources.pop(one, None)
+            self.passing.discard(one)
+            if one in code:
+                self.drop_code(one)
+
+    def drop_code(self, page: int) -> None:
+        """What is executed at a page is to be looked at again."""
+        self.code.pop(page, None)
+        self.table.drop_page(page)
+
+    def flush_passing(self) -> None:
+        """A change of CR3: everything goes but global pages."""
+        if not self.passing:
+            return
+        pages = sorted(self.passing)
+        if len(pages) > 16:
+            # one call for all: holes cost nothing, but what lies between must be passing, too
+            groups = _groups(pages, self.sources)
+        else:
+            groups = [(first, count) for first, count in runs(pages)]
+        for first, count in groups:
+            self.drop(first, count)
+        self.passing.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.window.clear()
+        self.table.clear()
+        self.sources.clear()
+        self.code.clear()
+        self.passing.clear()
+        self.large.clear()
+
+    def close(self) -> None:
+        """Give the address space back."""
+        self.window.close()
+        self.table.close()
+
+    def _evicted(self, pages: list[int]) -> None:
+        for page in pages:
+            self.sources.pop(page, None)
+
+
+def _groups(pages: list[int], sources: dict[int, int]) -> list[tuple[int, int]]:
+    """Ascending pages as (first, count) of stretches without any other mapped page in them."""
+    others = sorted(sources.keys() - set(pages))
+    groups: list[tuple[int, int]] = []
+    first = last = pages[0]
+    index = 0
+    for page in pages[1:]:
+        while index < len(others) and others[index] < last:
+            index += 1
+        if index < len(others) and others[index] < page:
+            groups.append((first, last - first + 1))
+            first = page
+        last = page
+    groups.append((first, last - first + 1))
+    return groups
+
+
+#: makes a view
+MakeView = Callable[[], View]
