@@ -20,7 +20,6 @@ from vmm.silicon import layout as at
 from vmm.silicon.cpu import InstructionAborted
 from vmm.x86.faults import GeneralProtection, Vector
 from vmm.x86.flags import CR4_TSD, MASK32, RFLAGS_IF
-from vmm.x86.paging import Access
 
 if TYPE_CHECKING:
     from vmm.bt.processor import TranslatingProcessor
@@ -118,16 +117,14 @@ def _cli(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
 
 def read_stack(vcpu: TranslatingProcessor, size: int) -> int:
     """What lies on top of the stack, which is flat."""
-    access = Access(user=vcpu.regs.cpl == 3)
-    return int.from_bytes(vcpu.linear.general().read(vcpu.q[_ESP], size, access), "little")
+    return vcpu.linear.load(vcpu.q[_ESP], size, vcpu.regs.cpl == 3)
 
 
 def write_stack(vcpu: TranslatingProcessor, size: int, value: int) -> None:
     """Push."""
     q = vcpu.q
-    access = Access(write=True, user=vcpu.regs.cpl == 3)
     top = q[_ESP] - size & MASK32
-    vcpu.linear.general().write(top, (value & (1 << 8 * size) - 1).to_bytes(size, "little"), access)
+    vcpu.linear.store(top, size, value, vcpu.regs.cpl == 3)
     q[_ESP] = top
 
 
@@ -188,9 +185,7 @@ def _mov(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
         if form.mod == 3:
             selector = q[form.rm] & 0xFFFF
         elif form.addrsize == 4 and vcpu.modes.spans(form.segment):
-            access = Access(user=vcpu.regs.cpl == 3)
-            data = vcpu.linear.general().read(effective_address(vcpu, callout), 2, access)
-            selector = int.from_bytes(data, "little")
+            selector = vcpu.linear.load(effective_address(vcpu, callout), 2, vcpu.regs.cpl == 3)
         else:
             return vcpu.step()
         if load_data_segment(vcpu, _BY_NUMBER[form.reg], selector):

@@ -51,7 +51,7 @@ class TranslationEngine:
 
     def new_view(self) -> View:
         """An empty view for a guest."""
-        return View(self.cpu, self.pool, self.budget, _TABLE_PAGES)
+        return View(self.cpu, self.pool, self.budget, _TABLE_PAGES, self.cache.tables)
 
     def close(self) -> None:
         """Give the CPU back; all guests are closed."""

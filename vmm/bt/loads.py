@@ -23,7 +23,6 @@ from vmm.x86.flags import (
     RFLAGS_TF,
     RFLAGS_VM,
 )
-from vmm.x86.paging import Access
 
 if TYPE_CHECKING:
     from vmm.bt.cache import Callout
@@ -114,11 +113,8 @@ def far_return(vcpu: TranslatingProcessor, callout: Callout) -> bool:
     cpl = regs.cpl
     if q[at.RFLAGS] & RFLAGS_NT:
         return False
-    access = Access(user=cpl == 3)
-    memory = vcpu.linear.general()
-    frame = memory.read(q[_ESP], 12, access)
-    eip, selector, flags = (int.from_bytes(frame[i:i + 4], "little") for i in (0, 4, 8))
-    selector &= 0xFFFF
+    frame = vcpu.linear.load(q[_ESP], 12, cpl == 3)
+    eip, selector, flags = frame & MASK32, frame >> 32 & 0xFFFF, frame >> 64
     ring = selector & 3
     if flags & (RFLAGS_VM | RFLAGS_TF) or ring not in (cpl, 3) or not selector & 0xFFFC:
         return False
@@ -131,8 +127,8 @@ def far_return(vcpu: TranslatingProcessor, callout: Callout) -> bool:
         _set(vcpu, at.CS, selector, code)
         q[_ESP] = q[_ESP] + 12 & MASK32
     else:
-        outer = memory.read(q[_ESP] + 12 & MASK32, 8, access)
-        esp, stack = int.from_bytes(outer[:4], "little"), int.from_bytes(outer[4:6], "little")
+        outer = vcpu.linear.load(q[_ESP] + 12 & MASK32, 8, cpl == 3)
+        esp, stack = outer & MASK32, outer >> 32 & 0xFFFF
         data = _descriptor(vcpu, stack) if stack & 0xFFFC else None
         if stack & 3 != ring or data is None or data >> 32 & (_FORM | _LIMIT | _DPL) != (
                 _DATA | _LIMIT | ring << 13) or data & 0xFFFF != 0xFFFF:

@@ -24,6 +24,7 @@ from vmm.bt.cache import Callout, Edge, Translation
 from vmm.bt.callouts import CALLOUTS
 from vmm.bt.engine import TranslationEngine
 from vmm.bt.fpu import FpuState
+from vmm.bt.linear import ShadowLinear
 from vmm.bt.mode import Mode
 from vmm.bt.modes import Modes
 from vmm.bt.native.block import FLAGS, LIVE_FLAGS, OFFSETS, R8, RIP, Fault
@@ -35,7 +36,7 @@ from vmm.bt.walk import Walker
 from vmm.clock import GuestClock
 from vmm.devices.board import Board
 from vmm.exitcodes import ExitCode
-from vmm.hw.delivery import TripleFault, Unsupported
+from vmm.hw.delivery import Delivery, TripleFault, Unsupported
 from vmm.hw.processor import Processor
 from vmm.memory.block import VmBlock
 from vmm.memory.errors import BadAddress, OutOfFrames
@@ -84,6 +85,8 @@ class TranslatingProcessor(Processor):
         self.walker = Walker(self.q, self.memory)
         self.shadow = Shadow(self.q, self.walker, block.p2m, frames, engine.cache, engine.new_view,
                              self._code_changed)
+        self.linear: ShadowLinear = ShadowLinear(self.q, self.memory, self.shadow)
+        self.delivery = Delivery(self.regs, self.linear)
         self.modes = Modes(self.regs)
         self.fpu = FpuState(cpu, self.guest, self.state_block)
         self._control_registers = self._controls()
@@ -165,13 +168,12 @@ class TranslatingProcessor(Processor):
 
     def _run_units(self, mode: Mode) -> int | None:
         """From the guest's EIP until the monitor has to look; an exit code, or None to go on."""
-        bq, bd, block, cache, cpu = self._bq, self._bd, self.state_block, self.cache, self.translated
+        bq, block, cache, cpu, q = self._bq, self.state_block, self.cache, self.translated, self.q
         view = self.shadow.view(mode.user)
         if view.mode is not mode:
             view.change_mode(mode)
         self._to_block(view)
-        bd[_PENDING] = self.interrupts.output or self._accepted is not None
-        eip = self.q[at.RIP]
+        eip = q[at.RIP]
         try:
             address = self.lookup(view, mode, eip).address
             while True:
@@ -185,7 +187,13 @@ class TranslatingProcessor(Processor):
                         continue
                     assert isinstance(what, Callout)
                     eip = what.eip
-                    return self._callout(what)
+                    code = self._callout(what)
+                    if code is not None or not self._stays(view, mode):
+                        return code
+                    self._to_block(view)
+                    eip = q[at.RIP]
+                    address = self.lookup(view, mode, eip).address
+                    continue
                 if left == FAULT:
                     fault = block.fault()
                     found = cache.at(fault.rip)
@@ -208,6 +216,14 @@ class TranslatingProcessor(Processor):
             raise
         finally:
             self._native_ran = True
+
+    def _stays(self, view: View, mode: Mode) -> bool:
+        """After a callout: whether translated code goes on in the same view and mode, and nothing else waits."""
+        return (self.modes.now() is mode and self.shadow.view(mode.user) is view and view.mode is mode
+                and not self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ and self.cpu.resident is self.guest
+                and self._control_registers == self._controls() and not self.fpu.in_silicon
+                and not (self.q[at.RFLAGS] & RFLAGS_IF
+                         and (self.interrupts.output or self._accepted is not None)))
 
     def lookup(self, view: View, mode: Mode, eip: int) -> Translation:
         """The unit at `eip`.  Raises GuestFault, OutOfFrames; GuestFault also where no memory is."""
@@ -237,6 +253,7 @@ class TranslatingProcessor(Processor):
         bd[_SYSTEM_FLAGS] = rflags & _SYSTEM
         bd[_INTERRUPT_FLAG] = rflags & RFLAGS_IF
         bd[_DIRECTION] = flags & _DF
+        bd[_PENDING] = self.interrupts.output or self._accepted is not None
         self.modes.load_segments(bd)
         view.enter(bq)
 
@@ -523,7 +540,7 @@ class TranslatingProcessor(Processor):
 
         At most `most` units, those entered most often.
         """
-        units = {id(unit): unit for view in self.shadow.views() for page in view.code.values()
+        units = {id(unit): unit for view in self.shadow.views() for page in view.executed()
                  for unit in page.all_units()}
         found = [unit for unit in units.values()
                  if address is None or unit.eip <= address < unit.eip + max(unit.guest_bytes, 1)]

@@ -40,7 +40,7 @@ from vmm.x86.flags import CR0_PG, CR4_PGE
 from vmm.x86.paging import ACCESSED, DIRTY, Access
 
 #: views a guest may have, beside the current ones
-_MOST_VIEWS = 12
+_MOST_VIEWS = 32
 #: a page of which more entries changed at once is no page table any more
 _FLOOD = 256
 _FETCH = {False: Access(fetch=True), True: Access(fetch=True, user=True)}
@@ -114,8 +114,6 @@ class Shadow:
             view = self._spare.pop() if self._spare else self._new_view()
             view.user = key[0]
             self._views[key] = view
-            if view.table not in self._cache.tables:
-                self._cache.tables.append(view.table)
         self._views.move_to_end(key)
         return view
 
@@ -216,6 +214,13 @@ class Shadow:
                 if table.page not in self._unsynced:
                     self._trace(table.page)
             users.setdefault((view, table.first), table)
+            before = self._unsynced.get(table.page)
+            if before is not None:
+                # what is derived from it from now on is derived from what it is now
+                now = self.page_bytes(table.page)
+                if now != before:
+                    self.compare(table.page, before)
+                    self._unsynced[table.page] = now
 
     # -- code --------------------------------------------------------------------------------------
 
@@ -235,7 +240,6 @@ class Shadow:
             found = self.traces.adopt(view, CodePage(mode, number, code, private=True), source)
         else:
             found = self._cache.page(mode, number, code)
-            self._cache.counters.shared += len(found.units)
         view.code[number] = found
         self._watch_code(view, number, source)
         return found
@@ -402,8 +406,6 @@ class Shadow:
         """Give all address space back."""
         self._p2m.on_trace = self._p2m.on_remap = None
         for view in [*self._views.values(), *self._spare]:
-            if view.table in self._cache.tables:
-                self._cache.tables.remove(view.table)
             view.close()
         self._views.clear()
         self._spare.clear()

@@ -8,42 +8,59 @@ keep what the guest's page tables said until the guest flushes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
 
 from vmm.bt.codepage import CodePage
-from vmm.bt.cpu import TranslationCpu
+from vmm.bt.cpu import JumpTable, TranslationCpu
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import JUMP_TABLE, WINDOW
 from vmm.bt.native.windows import MappingBudget, runs
 from vmm.memory.pool import Pool
+
+#: modes of code with a jump table in one view: kernels have a few at once, as they load segments on entry
+_MOST_MODES = 4
 
 
 class View:
     """One linear memory at one privilege.
 
     Invariants: `sources` has the guest-physical page of every mapped page, and the window maps no other frame
-    than the P2M's; a jump table entry leads to a unit of `code[page]` or to one that ends in that page.
+    than the P2M's; a jump table entry leads to a unit of `code[page]`.
     """
 
-    def __init__(self, cpu: TranslationCpu, pool: Pool, budget: MappingBudget, table_pages: int) -> None:
+    def __init__(self, cpu: TranslationCpu, pool: Pool, budget: MappingBudget, table_pages: int,
+                 tables: list[JumpTable]) -> None:
         self.window = cpu.new_window(pool, budget, self._evicted)
-        self.table = cpu.new_table(table_pages)
+        self._cpu = cpu
+        self._table_pages = table_pages
+        self._tables = tables
         #: linear page -> guest-physical page
         self.sources: dict[int, int] = {}
-        #: linear page -> the code that is executed there
-        self.code: dict[int, CodePage] = {}
+        #: by mode: the jump table, and linear page -> the code that is executed there
+        self._executed: OrderedDict[Mode, tuple[JumpTable, dict[int, CodePage]]] = OrderedDict()
         #: mapped pages, and pages of code, that a change of CR3 flushes
         self.passing: set[int] = set()
         #: first pages of large pages that something is mapped of, with their length
         self.large: dict[int, int] = {}
         self.user = False
         self.mode: Mode | None = None
+        self.table: JumpTable
+        self.code: dict[int, CodePage] = {}
 
     def change_mode(self, mode: Mode) -> None:
-        """Code is executed in another mode from now on: none of the old mode's units may be met."""
+        """`table` and `code` are those of a mode: none of another mode's units is met in it."""
+        known = self._executed.get(mode)
+        if known is None:
+            if len(self._executed) < _MOST_MODES:
+                table = self._cpu.new_table(self._table_pages)
+                self._tables.append(table)
+            else:
+                table = self._executed.popitem(last=False)[1][0]
+                table.clear()
+            known = self._executed[mode] = table, {}
+        self._executed.move_to_end(mode)
         self.mode = mode
-        self.table.clear()
-        self.code.clear()
+        self.table, self.code = known
 
     def enter(self, block: memoryview) -> None:
         """Make a state block, given as quadwords, use this view."""
@@ -57,11 +74,14 @@ class View:
 
     def drop(self, page: int, count: int = 1) -> None:
         """Forget `count` pages: they fault again, and jumps into them miss."""
-        sources, code = self.sources, self.code
-        if count > len(sources) + len(code):
-            found = [one for one in sources.keys() | code.keys() if page <= one < page + count]
+        sources = self.sources
+        codes = [code for _, code in self._executed.values()]
+        if count > len(sources):
+            every = sources.keys() | {one for code in codes for one in code}
+            found = [one for one in every if page <= one < page + count]
         else:
-            found = [one for one in range(page, page + count) if one in sources or one in code]
+            found = [one for one in range(page, page + count)
+                     if one in sources or any(one in code for code in codes)]
         if not found:
             return
         mapped = sorted(one for one in found if one in sources)
@@ -73,13 +93,18 @@ class View:
         for one in found:
             sources.pop(one, None)
             self.passing.discard(one)
-            if one in code:
+            if any(one in code for code in codes):
                 self.drop_code(one)
 
     def drop_code(self, page: int) -> None:
         """What is executed at a page is to be looked at again."""
-        self.code.pop(page, None)
-        self.table.drop_page(page)
+        for table, code in self._executed.values():
+            code.pop(page, None)
+            table.drop_page(page)
+
+    def executed(self) -> list[CodePage]:
+        """All the code."""
+        return [page for _, code in self._executed.values() for page in code.values()]
 
     def flush_passing(self) -> None:
         """A change of CR3: everything goes but global pages."""
@@ -98,16 +123,20 @@ class View:
     def clear(self) -> None:
         """Forget everything."""
         self.window.clear()
-        self.table.clear()
         self.sources.clear()
-        self.code.clear()
+        for table, code in self._executed.values():
+            table.clear()
+            code.clear()
         self.passing.clear()
         self.large.clear()
 
     def close(self) -> None:
         """Give the address space back."""
         self.window.close()
-        self.table.close()
+        for table, _ in self._executed.values():
+            self._tables.remove(table)
+            table.close()
+        self._executed.clear()
 
     def _evicted(self, pages: list[int]) -> None:
         for page in pages:
@@ -129,7 +158,3 @@ def _groups(pages: list[int], sources: dict[int, int]) -> list[tuple[int, int]]:
         last = page
     groups.append((first, last - first + 1))
     return groups
-
-
-#: makes a view
-MakeView = Callable[[], View]
