@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vmm.bt.decode import LOCK, Instruction
+from vmm.bt.decode import CS, LOCK, Instruction
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import FIELDS
-from vmm.bt.table import Map, Prefix
+from vmm.bt.table import Kind, Map, Prefix
 from vmm.bt.template import Template, spliced
 from vmm.bt.unit import Mark
 
@@ -78,7 +78,15 @@ class Operand(NamedTuple):
 
 
 def operand(form: Instruction, mode: Mode) -> Operand | None:
-    """The operand for the memory that `form` addresses; None if its segment is not the window's."""
+    """The operand for the memory that `form` addresses; None if its segment is not the window's.
+
+    None, too, for a write to the code segment, which is #GP, and for a bit string at a 16-bit address: the
+    bits' own distance wraps at 64 KiB there.
+    """
+    if form.segment == CS and form.memory is not None and form.memory.written:
+        return None
+    if form.addrsize == 2 and form.entry.kind is Kind.BIT_STRING:
+        return None
     if mode.flat >> form.segment & 1:
         base = b""
     elif mode.based >> form.segment & 1:

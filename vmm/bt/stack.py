@@ -96,25 +96,35 @@ def popa(form: Instruction, mode: Mode) -> Template | None:
         return None
     size = form.opsize
     loaded, taken = [], []
-    for register in (7, 6, 5, 3, 2, 1, 0):
+    for register in (7, 6, 5, 4, 3, 2, 1, 0):
         at = (7 - register) * size
+        loaded.append(load_r8(size, at))
+        if register == _ESP:        # thrown away, but a fault is a fault
+            continue
         spill = _SPILL + 4 * register
-        loaded.append(load_r8(size, at) + _WIDTH[size] + bytes([0x45, 0x89, 0x46, spill]))
+        loaded.append(_WIDTH[size] + bytes([0x45, 0x89, 0x46, spill]))
         taken.append(_WIDTH[size] + bytes([0x41, 0x8B, 0x46 | register << 3, spill]))
     return fixed(Mark.INLINE, form, b"".join(loaded + taken) + move_esp(8 * size))
 
 
 def enter(form: Instruction, mode: Mode) -> Template | None:
-    """enter with level 0; the display of a deeper one is the monitor's business."""
+    """enter with level 0; the display of a deeper one is the monitor's business.
+
+    It ends with a check that what esp points to can be written: xchg r8d and what is there, and back.
+    """
     if not mode.stack or form.opsize == 2:
         return None
-    saved = store_register(_EBP, 4, -4) + b"\x8D\x6C\x24\xFC"                 # lea ebp, [rsp - 4]
+    saved = store_register(_EBP, 4, -4)
 
     def emit(code: Code, at: int) -> bytes | None:
         value = form.immediate(code, at) & 0xFFFFFF
         if value >> 16 & 31:
             return None
-        return saved + b"\x8D\xA5" + (-(value & 0xFFFF)).to_bytes(4, "little", signed=True)
+        top = (-4 - (value & 0xFFFF)).to_bytes(4, "little", signed=True)
+        there = b"\x84\x24" + top
+        check = WINDOW + b"\x44\x87" + there + WINDOW + b"\x44\x89" + there
+        # lea ebp, [rsp - 4]; lea esp, [rsp + top]
+        return saved + check + b"\x8D\x6C\x24\xFC\x8D\xA4\x24" + top
     return Template(Mark.INLINE, b"", 0, emit)
 
 
