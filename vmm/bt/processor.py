@@ -22,6 +22,8 @@ import time
 from vmm.bt import listing
 from vmm.bt.cache import Callout, Edge, Translation
 from vmm.bt.callouts import CALLOUTS
+from vmm.bt.codepage import CodePage
+from vmm.bt.decode import Instruction, Truncated, decode
 from vmm.bt.engine import TranslationEngine
 from vmm.bt.fpu import FpuState
 from vmm.bt.linear import ShadowLinear
@@ -30,6 +32,7 @@ from vmm.bt.modes import Modes
 from vmm.bt.native.block import FLAGS, LIVE_FLAGS, OFFSETS, R8, RIP, Fault
 from vmm.bt.native.trampolines import FAULT, MISS, PREEMPTED
 from vmm.bt.shadow import Device, Shadow
+from vmm.bt.simulate import Simulator
 from vmm.bt.table import Unit
 from vmm.bt.views import View
 from vmm.bt.walk import Walker
@@ -88,6 +91,7 @@ class TranslatingProcessor(Processor):
         self.linear: ShadowLinear = ShadowLinear(self.q, self.memory, self.shadow)
         self.delivery = Delivery(self.regs, self.linear)
         self.modes = Modes(self.regs)
+        self.simulator = Simulator(self, self.shadow, engine.cache)
         self.fpu = FpuState(cpu, self.guest, self.state_block)
         self._control_registers = self._controls()
         #: guest-physical pages of code that the silicon knows as it is; each is traced
@@ -200,6 +204,8 @@ class TranslatingProcessor(Processor):
                     assert found is not None
                     eip = found.eip_at(fault.rip - found.address)
                     address = self._fault_of_unit(view, mode, eip, fault)
+                    if not found.alive:         # retranslated meanwhile
+                        address = self.lookup(view, mode, eip).address
                 elif left == MISS:
                     self._counts[_MISS] += 1
                     eip = bq[R8]
@@ -271,9 +277,11 @@ class TranslatingProcessor(Processor):
     def _callout(self, callout: Callout) -> int | None:
         """The monitor executes an instruction."""
         self._to_registers(callout.eip)
+        if callout.simulated:
+            if self._simulate(callout):
+                return None if self.verdict is None else int(ExitCode.NPF)
+            return self.step(fpu=True)
         handler = CALLOUTS.get(callout.form.entry.mnemonic)
-        if callout.simulated and self.simulate(callout):
-            return None
         if handler is None:
             return self.step(callout.form.entry.unit is not Unit.INTEGER)
         return handler(self, callout)
@@ -336,7 +344,7 @@ class TranslatingProcessor(Processor):
             self.shadow.fill(mode.user, address, write)
         except Device:
             self._to_registers(eip)
-            raise _Left(self.step(fpu=True)) from None
+            raise _Left(self._device_access(view, mode, eip)) from None
         self._counts[_HIDDEN] += 1
         self._times[_HIDDEN] += time.perf_counter_ns() - started
         return self.cache.resume_at(self._bq[RIP])
@@ -355,6 +363,7 @@ class TranslatingProcessor(Processor):
             # a string instruction, which cannot be entered in its middle: the silicon repeats it once
             if not own:
                 return
+            # the silicon's store sets the trace off
             self._to_registers(eip)
             raise _Left(self.step())
         if self.shadow.traces.store_in_place(source) and self.shadow.open(view, address) is not None:
@@ -368,7 +377,9 @@ class TranslatingProcessor(Processor):
             self.shadow.fill(mode.user, address, True)
             self._finish_instruction(view, mode, eip)
         else:
+            self._trapped(view, eip)
             return
+        self._trapped(view, eip)
         raise _Left(None)
 
     def _finish_instruction(self, view: View, mode: Mode, eip: int) -> None:
@@ -402,9 +413,51 @@ class TranslatingProcessor(Processor):
             return
         raise AssertionError("an instruction without an end")
 
-    def simulate(self, callout: Callout) -> bool:
-        """Carry out a store that kept trapping; False when it is not of that kind."""
-        return False
+    def _instruction(self, view: View, eip: int) -> tuple[CodePage, Instruction, bytes] | None:
+        """The instruction at EIP, if all of it lies in a page of code."""
+        page = view.code.get(eip >> PAGE_SHIFT)
+        if page is None:
+            return None
+        code = page.code[eip & 0xFFF:(eip & 0xFFF) + 15]
+        try:
+            form = decode(code, 0, True)
+        except Truncated:
+            return None
+        return page, form, code[:form.length]
+
+    def _trapped(self, view: View, eip: int) -> None:
+        """The instruction at EIP cost a trap; if it does so often, it is simulated from now on."""
+        found = self._instruction(view, eip)
+        if found is not None and self.simulator.trapped(found[0], eip & 0xFFF, found[1]):
+            self._counts[_ADAPTED] += 1
+
+    def _device_access(self, view: View, mode: Mode, eip: int) -> int | None:
+        """An instruction meets a device's page: a move is carried out here, anything else on the silicon."""
+        found = self._instruction(view, eip)
+        if found is None:
+            return self.step(fpu=True)
+        page, form, code = found
+        if self.simulator.trapped(page, eip & 0xFFF, form):
+            self._counts[_ADAPTED] += 1
+        self._counts[_SIMULATED] += 1
+        if self.simulator.carry_out(form, code, view, mode.user) is None:
+            return self.step(fpu=True)
+        return None if self.verdict is None else int(ExitCode.NPF)
+
+    def _simulate(self, callout: Callout) -> bool:
+        """Carry out a move that kept trapping; False when it has become something else meanwhile."""
+        user = self.regs.cpl == 3
+        view = self.shadow.view(user)
+        self._counts[_SIMULATED] += 1
+        started = time.perf_counter_ns()
+        useful = self.simulator.carry_out(callout.form, callout.code, view, user)
+        self._times[_SIMULATED] += time.perf_counter_ns() - started
+        if useful is None:
+            return False
+        page = view.code.get(callout.eip >> PAGE_SHIFT)
+        if page is not None and self.simulator.settle(page, callout.eip & 0xFFF, useful):
+            self._counts[_ADAPTED] += 1
+        return True
 
     # -- the silicon -------------------------------------------------------------------------------
 

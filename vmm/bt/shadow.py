@@ -32,7 +32,7 @@ from vmm.bt.traces import CodeTraces
 from vmm.bt.views import View
 from vmm.bt.walk import Table, Walker
 from vmm.memory.frames import FrameSource
-from vmm.memory.p2m import P2M, Outcome
+from vmm.memory.p2m import P2M
 from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, LOGGED, PRESENT, WRITABLE, Kind
 from vmm.memory.pool import PAGE, PAGE_SHIFT
 from vmm.silicon import layout as at
@@ -59,7 +59,11 @@ def _changed(before: bytes, now: bytes, size: int) -> list[int]:
 
 
 class Device(Exception):
-    """There is no memory at a linear address, but a device's (or nobody's) guest-physical one."""
+    """There is no memory at a linear address, but a device's (or nobody's) guest-physical one: `gpa`."""
+
+    def __init__(self, gpa: int) -> None:
+        super().__init__(gpa)
+        self.gpa = gpa
 
 
 class Shadow:
@@ -177,7 +181,7 @@ class Shadow:
         view, page = self.view(user), address >> PAGE_SHIFT
         place = self._walker.find(address, write, view.user)
         source = place.page
-        entry = self.frame_for(source, write)
+        entry = self.frame_for(source, write, address)
         writable = place.writable and bool(entry & WRITABLE)
         if place.span > 1 and view.window.pages.get(page) is None and place.tables:
             view.large[page & -place.span] = place.span
@@ -191,14 +195,13 @@ class Shadow:
             self._depends(view, page, place.tables)
         self.fills += 1
 
-    def frame_for(self, source: int, write: bool) -> int:
+    def frame_for(self, source: int, write: bool, offset: int = 0) -> int:
         """The P2M entry of a guest-physical page, which may be read, or written, from now on."""
         if source >= self._p2m.pages:
-            raise Device
+            raise Device(source << PAGE_SHIFT | offset & PAGE - 1)
         entry = self._leaf[source]
         if not entry & PRESENT or (write and not entry & WRITABLE):
-            if self._p2m.fault(source << PAGE_SHIFT, write, self._frames) is Outcome.NOT_RAM:
-                raise Device
+            self._p2m.fault(source << PAGE_SHIFT, write, self._frames)
             entry = self._leaf[source]
         return entry
 
@@ -308,6 +311,35 @@ class Shadow:
     def is_executed_at(self, source: int, view: View, number: int) -> bool:
         """Whether the code at a linear page of a view is that of a guest-physical page."""
         return self.traces.executes(source, view, number)
+
+    def locate(self, user: bool, address: int, write: bool) -> int:
+        """The guest-physical page of a linear address.  Raises GuestFault, Device, OutOfFrames."""
+        source = self._walker.find(address, write, self.view(user).user).page
+        if source >= self._p2m.pages:
+            raise Device(source << PAGE_SHIFT | address & PAGE - 1)
+        return source
+
+    def store_traced(self, source: int, offset: int, data: bytes) -> bool:
+        """Store to a traced page with its trace in place; False, and nothing done, where that cannot be.
+
+        What depended on the entries and on the code that change is dropped at once.
+        """
+        entry = self._leaf[source]
+        if source not in self._p2m.traced or entry & KIND_MASK != Kind.PRIVATE << KIND_SHIFT:
+            return False
+        mixed = self.traces.private_pages(source)
+        if self.traces.watched(source) and not mixed:
+            return False
+        if self._p2m.logging:
+            self._leaf[source] = entry | LOGGED
+        before = self.page_bytes(source) if source in self._tables else b""
+        place = (entry & FRAME_MASK) + offset
+        self._p2m.pool.view[place:place + len(data)] = data
+        if before:
+            self.compare(source, before)
+        if mixed:
+            self.stored(source)
+        return True
 
     def open(self, view: View, address: int) -> int | None:
         """Make a write-protected page of a view writable for one store; its guest-physical page.
