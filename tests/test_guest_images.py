@@ -22,7 +22,7 @@ EXIT_PORT, CONSOLE, LINE_STATUS = 0xF4, 0x3F8, 0x3FD
 
 def test_names_and_paths() -> None:
     assert guests.names() == sorted((*build.KERNELS, *build.FLAT)) == [
-        "fuzz", "idle", "long", "mix", "primes", "real", "rogue", "triple"]
+        "fuzz", "idle", "long", "mix", "nano", "primes", "real", "rogue", "triple"]
     assert guests.path("mix").read_bytes() == guests.read("mix")
     with pytest.raises(KeyError, match="there are fuzz, idle"):
         guests.path("../src/mix")
@@ -134,6 +134,7 @@ _LEFT, _RESET = 1, 0
     ("idle", "ms=60 ticks=2", [b"idle: tick 1", b"idle: tick 2"], _LEFT),
     ("mix", "rounds=2", [b"mix: round 1, checksum 13ef71f3", b"mix: checksum 160d590a"], _LEFT),
     ("mix", "rounds=2 tasks=20", [b"mix: 20 tasks per round"], _LEFT),
+    ("nano", "in=0 callret=100 forkwait=3", [b"nano: done"], _LEFT),
     ("long", "a=b", [b"long: in 64-bit mode", b"long: breakpoint: 0123456789abcdef", b"long: done"], _LEFT),
     ("triple", "", [b""], _RESET),
 ])

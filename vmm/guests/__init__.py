@@ -6,6 +6,7 @@ fuzz     a hostile guest: garbage to every port, to empty addresses, to MSRs   s
 idle     sleeps in HLT on a one-shot timer; prints `idle: tick N`              ms=1000 ticks=0
 long     switches itself to 64-bit mode; prints the sum of its module's bytes
 mix      paging, ring-3 tasks, preemption, fork, copy-on-write; a checksum     rounds=4 tasks=8
+nano     timed single operations; prints `nano NAME OPERATIONS CYCLES`         forkwait=40000 in=N ...
 primes   processor-bound; prints `primes: COUNT below LIMIT`                   limit=20000 loop
 real     flat: interrupts in real mode, 16-bit and 32-bit protected mode
 rogue    abuses its machine as its first word says (`src/rogue.c`)             flood wild ... at=N

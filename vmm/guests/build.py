@@ -25,6 +25,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "idle": (*_COMMON, *_TRAPS, "idle.c"),
     "long": ("header.S", "long.S"),
     "mix": (*_COMMON, *_TRAPS, "mix.c", "mix_memory.c", "mix_user.c"),
+    "nano": (*_COMMON, *_TRAPS, "nano.S", "nano.c", "nano_process.c", "nano_user.c", "mix_memory.c"),
     "primes": (*_COMMON, "primes.c"),
     "rogue": (*_COMMON, *_TRAPS, "rogue.c", "rogue_wild.c"),
     "triple": ("header.S", "triple.S"),
