@@ -62,14 +62,16 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
 
 @pytest.fixture(scope="session")
 def silicon() -> Iterator[Rig]:
-    """The one CPU, with its machine memory, that all tests of the hardware-assisted monitor share."""
+    """The one CPU, with its machine memory, that all tests of monitors share."""
     rig = Rig()
     yield rig
     rig.cpu.close()
 
 
 @pytest.fixture
-def rig(silicon: Rig) -> Iterator[Rig]:
-    """The CPU with no guest on it, and none afterwards."""
+def rig(silicon: Rig, request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """The CPU with no guest on it, and none afterwards; guests are under the monitor named as parameter."""
+    silicon.monitor = getattr(request, "param", "hw")
     yield silicon
+    silicon.monitor = "hw"
     silicon.clear()

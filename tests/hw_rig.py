@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One silicon CPU with machine memory, and small machines on it, to test the hardware-assisted monitor."""
+"""One silicon CPU with machine memory, and small machines on it, to test either monitor."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 
 from tests import hw_modes
+from vmm.bt.engine import TranslationEngine
 from vmm.clock import GuestClock
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
@@ -55,13 +56,26 @@ def quiet(cpu: Cpu) -> None:
     cpu.forget_stop()
 
 
+#: all machines since the rig was cleared
+machines: list[Machine] = []
+_engines: dict[Cpu, TranslationEngine] = {}
+
+
+def engine_of(cpu: Cpu) -> TranslationEngine:
+    """What translates code for the guests of a CPU that are under the software monitor."""
+    if cpu not in _engines:
+        _engines[cpu] = TranslationEngine(cpu.pool, cache_bytes=8 << 20, kicker=cpu.kicker)
+    return _engines[cpu]
+
+
 class Machine(VirtualMachine):
     """A machine that keeps what it prints, and whose memory tests can see."""
 
     def __init__(self, cpu: Cpu, block: VmBlock, frames: FrameSource, state: MachineState, khz: int) -> None:
         self.printed = bytearray()
         quiet(cpu)
-        super().__init__(cpu, block, frames, state, self.printed.extend, khz)
+        super().__init__(cpu, block, frames, state, self.printed.extend, khz, lambda: engine_of(cpu))
+        machines.append(self)
         self.memory = GuestMemory(block.p2m, frames)
 
     @property
@@ -89,6 +103,8 @@ class Rig:
         self.khz = tsc.measure_khz(5_000_000)
         self.allocator = FrameAllocator(self.pool)
         self.blocks: list[VmBlock] = []
+        #: the monitor of machines that are made from now on
+        self.monitor = "hw"
 
     def frames(self) -> LocalFrames:
         return LocalFrames(self.allocator)
@@ -104,6 +120,7 @@ class Rig:
         memory = GuestMemory(block.p2m, self.frames())
         for gpa, data in writes:
             memory.write(gpa, data)
+        state.monitor = self.monitor
         return Machine(cpu or self.cpu, block, frames or memory.frames, state, self.khz)
 
     def again(self, machine: Machine, state: MachineState, cpu: Cpu | None = None) -> Machine:
@@ -126,6 +143,8 @@ class Rig:
     def clear(self) -> None:
         self.cpu.evict()
         quiet(self.cpu)
+        while machines:
+            machines.pop().close()
         wrong = self.check()
         for block in self.blocks:
             free_block(self.allocator, block)

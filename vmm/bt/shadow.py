@@ -93,6 +93,7 @@ class Shadow:
         self.traces = CodeTraces(p2m)
         #: linear pages mapped so far
         self.fills = 0
+        p2m.traced.clear()
         p2m.on_trace = self._trace_went_off
         p2m.on_remap = self._remapped
         self._version = p2m.version
@@ -436,7 +437,9 @@ class Shadow:
 
     def close(self) -> None:
         """Give all address space back."""
-        self._p2m.on_trace = self._p2m.on_remap = None
+        if self._p2m.on_trace == self._trace_went_off:
+            self._p2m.on_trace = self._p2m.on_remap = None
+            self._p2m.traced.clear()
         for view in [*self._views.values(), *self._spare]:
             view.close()
         self._views.clear()

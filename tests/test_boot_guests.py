@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every kind of kernel file, booted on the hardware-assisted monitor: our own, Debian's, and memtest86+."""
+"""Every kind of kernel file, booted under either monitor: our own, Debian's, and memtest86+."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ MIB = 1 << 20
 GOOD = Stop(StopReason.EXIT, "wrote 1 to the debug-exit port", 1)
 PROMPT = "/ # "
 _PATIENCE_S = 50
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All of it under both monitors."""
+    if "rig" in metafunc.fixturenames:
+        metafunc.parametrize("rig", ["hw", "bt"], indirect=True)
 
 
 def boot(

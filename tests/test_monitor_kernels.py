@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Our own guest kernels, to their ends: alone, moved about, cloned, and short of frames all the time."""
+"""Our own guest kernels under either monitor, to their ends: alone, moved about, cloned, and short of frames
+all the time."""
 
 from __future__ import annotations
 
@@ -21,6 +22,12 @@ from vmm.state import MachineState, decode, encode
 MEMORY = 24 << 20
 GOOD = Stop(StopReason.EXIT, "wrote 1 to the debug-exit port", 1)
 MIX, PRIMES = ("mix", "rounds=1 tasks=4"), ("primes", "limit=8000")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All of it under both monitors."""
+    if "rig" in metafunc.fixturenames:
+        metafunc.parametrize("rig", ["hw", "bt"], indirect=True)
 
 
 def boot(rig: Rig, name: str, append: str = "", frames: FrameSource | None = None) -> Machine:
