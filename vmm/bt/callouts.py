@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vmm.bt import fxsave
 from vmm.bt.cache import Callout
 from vmm.bt.decode import FS, GS, Instruction
-from vmm.bt.loads import far_return, load_data_segment, merge_flags
+from vmm.bt.loads import far_return, load_data_segment, merge_flags, sysexit
 from vmm.exitcodes import ExitCode
 from vmm.silicon import layout as at
 from vmm.silicon.cpu import InstructionAborted
@@ -231,6 +232,20 @@ def _syscall(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     return None if vcpu.verdict is None else int(ExitCode.SWINT)
 
 
+def _sysexit(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
+    return None if sysexit(vcpu) else vcpu.step()
+
+
+def _fx(move: Callable[[TranslatingProcessor, int], None]) -> Handler:
+    def handler(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
+        form = callout.form
+        if not vcpu.modes.fpu_usable or not vcpu.modes.spans(form.segment) or form.addrsize == 2:
+            return vcpu.step(fpu=True)
+        move(vcpu, effective_address(vcpu, callout))
+        return _done(vcpu, form)
+    return handler
+
+
 def _iret(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     if vcpu.nmi_masked or callout.form.opsize == 2 or not far_return(vcpu, callout):
         return vcpu.interlude()
@@ -262,5 +277,8 @@ CALLOUTS: dict[str, Handler] = {
     "invlpg": _invlpg,
     "sysenter": _sysenter,
     "syscall": _syscall,
+    "sysexit": _sysexit,
     "iretd": _iret,
+    "fxsave": _fx(fxsave.save),
+    "fxrstor": _fx(fxsave.restore),
 }

@@ -77,6 +77,7 @@ def load_data_segment(vcpu: TranslatingProcessor, index: int, selector: int) -> 
     """DS, ES, FS or GS: a null selector, or a present data segment in reach of CPL and RPL."""
     q = vcpu.q
     cpl = vcpu.regs.cpl
+    old = q[index], q[index + 1], q[index + 2]
     if not selector & 0xFFFC:
         q[index], q[index + 1], q[index + 2] = selector, 0, 0
     else:
@@ -90,7 +91,8 @@ def load_data_segment(vcpu: TranslatingProcessor, index: int, selector: int) -> 
         if max(cpl, selector & 3) > upper >> 13 & 3:
             return False
         _set(vcpu, index, selector, descriptor)
-    vcpu.regs.refresh_hidden_flags(cpl)
+    if old != (q[index], q[index + 1], q[index + 2]):
+        vcpu.regs.refresh_hidden_flags(cpl)
     return True
 
 
@@ -144,5 +146,21 @@ def far_return(vcpu: TranslatingProcessor, callout: Callout) -> bool:
                 q[index], q[index + 1], q[index + 2] = 0, 0, 0
     q[at.RIP] = eip
     regs.refresh_hidden_flags(ring)
+    vcpu.d[at.HFLAGS] &= ~at.HF_INHIBIT_IRQ
+    return True
+
+
+def sysexit(vcpu: TranslatingProcessor) -> bool:
+    """SYSEXIT from CPL 0: flat code and stack of ring 3, EIP from EDX and ESP from ECX (APM vol. 3)."""
+    q, regs = vcpu.q, vcpu.regs
+    selector = vcpu.d[vcpu.place.sysenter_cs] & 0xFFFC
+    if regs.cpl or not selector:
+        return False
+    for index, offset, form in (at.CS, 16, _CODE), (at.SS, 24, _DATA):
+        q[index] = selector + offset | 3
+        q[index + 1] = 0
+        q[index + 2] = MASK32 | (form | _DPL | _LIMIT) << 32
+    q[at.RIP], q[_ESP] = q[2] & MASK32, q[1] & MASK32
+    regs.refresh_hidden_flags(3)
     vcpu.d[at.HFLAGS] &= ~at.HF_INHIBIT_IRQ
     return True

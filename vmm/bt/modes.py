@@ -42,7 +42,7 @@ class Modes:
         self._interned: dict[Mode, Mode] = {}
         self._last: _Key | None = None
         self._mode: Mode | None = None
-        self._loaded = b""
+        self._loaded: _Key | None = None
 
     def now(self) -> Mode | None:
         """The mode; None when the guest's code is not translated in it.  Equal modes are the same object."""
@@ -107,11 +107,13 @@ class Modes:
         return not self._q[at.CR] & (CR0_EM | CR0_TS)
 
     def load_segments(self, block: memoryview) -> None:
-        """Put bases and selectors into a state block, given as doublewords, unless they are there."""
-        now = bytes(self._image[_FIRST:_LAST])
-        if now == self._loaded:
+        """Put bases and selectors into a state block, given as doublewords, unless they are there.
+
+        They are as they were when the mode was last asked for.
+        """
+        if self._last is self._loaded:
             return
-        self._loaded = now
+        self._loaded = self._last
         q = self._q
         for index in range(6):
             block[_SELECTORS + index] = q[at.SEGMENTS + 3 * index] & 0xFFFF
