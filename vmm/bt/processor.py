@@ -200,6 +200,9 @@ class TranslatingProcessor(Processor):
                     continue
                 if left == FAULT:
                     fault = block.fault()
+                    if fault.vector == Vector.PF and self._hidden(view, mode, fault):
+                        address = cache.resume_at(fault.rip)
+                        continue
                     found = cache.at(fault.rip)
                     assert found is not None
                     eip = found.eip_at(fault.rip - found.address)
@@ -324,6 +327,20 @@ class TranslatingProcessor(Processor):
 
     # -- faults of translated code -----------------------------------------------------------------
 
+    def _hidden(self, view: View, mode: Mode, fault: Fault) -> bool:
+        """Whether a page fault was one the guest does not see: a page the view did not have, now mapped."""
+        address = fault.address - view.window.base
+        if not 0 <= address <= MASK32 or address >> PAGE_SHIFT in view.window.pages:
+            return False
+        started = time.perf_counter_ns()
+        try:
+            self.shadow.fill(mode.user, address, bool(fault.error & 2))
+        except (GuestFault, Device, OutOfFrames):
+            return False        # comes again, where the guest's registers are known
+        self._counts[_HIDDEN] += 1
+        self._times[_HIDDEN] += time.perf_counter_ns() - started
+        return True
+
     def _fault_of_unit(self, view: View, mode: Mode, eip: int, fault: Fault) -> int:
         """Where to go on in translated code.
 
@@ -336,7 +353,6 @@ class TranslatingProcessor(Processor):
             # over the end of the window: the silicon knows how such an access wraps
             self._to_registers(eip)
             raise _Left(self.step(fpu=True))
-        started = time.perf_counter_ns()
         write = bool(fault.error & 2)
         try:
             if write and address >> PAGE_SHIFT in view.window.pages:
@@ -345,8 +361,6 @@ class TranslatingProcessor(Processor):
         except Device:
             self._to_registers(eip)
             raise _Left(self._device_access(view, mode, eip)) from None
-        self._counts[_HIDDEN] += 1
-        self._times[_HIDDEN] += time.perf_counter_ns() - started
         return self.cache.resume_at(self._bq[RIP])
 
     def _store_to_protected(self, view: View, mode: Mode, eip: int, address: int) -> None:

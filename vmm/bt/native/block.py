@@ -65,6 +65,7 @@ REGISTERS = tuple(OFFSETS[name] // 8 for name in ("rax", "rcx", "rdx", "rbx", "r
 R8 = OFFSETS["r8"] // 8
 RIP = OFFSETS["rip"] // 8
 FLAGS = OFFSETS["flags"] // 8
+_FAULT_VECTOR = OFFSETS["fault_vector"] // 8         # followed by error and address
 SINGLE_STEP = OFFSETS["single_step"] // 8
 WINDOW, JUMP_TABLE = OFFSETS["window"] // 8, OFFSETS["jump_table"] // 8
 
@@ -116,8 +117,8 @@ class Block:
 
     def fault(self) -> Fault:
         """What the last fault was."""
-        return Fault(self.get("fault_vector"), self.get("fault_error"), self.get("fault_address"),
-                     self.q[RIP])
+        q = self.q
+        return Fault(q[_FAULT_VECTOR], q[_FAULT_VECTOR + 1], q[_FAULT_VECTOR + 2], q[RIP])
 
     def close(self) -> None:
         """Give the page back; the block may not be used any more."""

@@ -62,6 +62,11 @@ class Spender(Protocol):
         """Unmap some pages."""
 
 
+def _seam(before: int | None, entry: int | None) -> bool:
+    """Whether two neighbouring pages are in different mappings: one continues with the next frame, same right."""
+    return entry != (None if before is None else before + 2)
+
+
 class MappingBudget:
     """The mappings all windows of a process may have together."""
 
@@ -111,7 +116,10 @@ class Window:
         memory.map_shared(self.base + (page << PAGE_SHIFT), count << PAGE_SHIFT,
                           READ | WRITE if writable else READ, self._fd, frame << PAGE_SHIFT)
         entry = frame << 1 | writable
-        self._note(page, [entry + 2 * index for index in range(count)])
+        if count == 1:
+            self._note_one(page, entry)
+        else:
+            self._note(page, [entry + 2 * index for index in range(count)])
 
     def map_pages(self, page: int, frames: Iterable[int], writable: bool = False) -> None:
         """Map consecutive pages to `frames`; consecutive frames share a system call."""
@@ -132,7 +140,9 @@ class Window:
         """Pages fault again."""
         self._check(page, count)
         memory.blank(self.base + (page << PAGE_SHIFT), count << PAGE_SHIFT)
-        if count > len(self.pages):
+        if count == 1:
+            self._note_one(page, None)
+        elif count > len(self.pages):
             for present in sorted(p for p in self.pages if page <= p < page + count):
                 self._note(present, [None])
         else:
@@ -169,6 +179,19 @@ class Window:
             seams += entry != (None if before is None else before + 2)
             before = entry
         return seams
+
+    def _note_one(self, page: int, entry: int | None) -> None:
+        """`_note` of one page, which is most of all changes."""
+        pages = self.pages
+        old = pages.pop(page, None)
+        before, behind = pages.get(page - 1), pages.get(page + 1)
+        change = _seam(before, entry) - _seam(before, old) if page else 0
+        if page < PAGES - 1:
+            change += _seam(entry, behind) - _seam(old, behind)
+        if entry is not None:
+            pages[page] = entry
+        self.mappings += change
+        self._budget.used += change
 
     def _note(self, page: int, entries: list[int | None]) -> None:
         """Record what was mapped from `page` on, and count the mappings again around it."""
