@@ -96,6 +96,10 @@ class FrameAllocator:
 
     # -- taking ------------------------------------------------------------------------------------
 
+    def owners(self) -> np.ndarray:
+        """Whose each frame is: FREE, OVERHEAD, LOAN + borrower."""
+        return self._owner.copy()
+
     def free_frames(self) -> int:
         """How many frames nobody has."""
         return self._free
