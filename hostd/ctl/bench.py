@@ -12,6 +12,7 @@ from rich.text import Text
 
 from hostd.bench import facts, table
 from hostd.bench.measures import Result, Settings
+from hostd.ctl.bench_paper import paper_command
 from hostd.ctl.formatting import print_fields, print_json, print_table, size
 from hostd.ctl.session import Session, format_option, pass_session
 
@@ -54,7 +55,7 @@ class _MeasureName(click.ParamType):
         return [CompletionItem(name) for name in table.MEASURES if name.startswith(incomplete)]
 
 
-@click.command("bench")
+@click.group("bench", invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option("--peer", type=click.Choice(["qemu"]), help="Measure that too, side by side.")
 @click.option("--guests", type=click.IntRange(1, 1000), default=50, show_default=True, metavar="N",
@@ -65,13 +66,18 @@ class _MeasureName(click.ParamType):
               help="Measure only this; may be a pattern, may be given again.")
 @format_option
 @pass_session
+@click.pass_context
 def bench_command(
-    session: Session, as_json: bool, peer: str | None, guests: int, runs: int, only: tuple[str, ...]
+    context: click.Context, session: Session, as_json: bool, peer: str | None, guests: int, runs: int,
+    only: tuple[str, ...],
 ) -> None:
     """Measure what this host costs: boots, exits, world switches, and a fleet of idle Linux guests.
 
-    Needs no daemon.  Quiet machines give quiet figures; the whole takes some minutes.
+    Needs no daemon.  Quiet machines give quiet figures; the whole takes some minutes.  The commands below
+    measure other things instead.
     """
+    if context.invoked_subcommand is not None:
+        return
     machine = facts.gather(with_qemu=peer is not None)
     settings = Settings(runs=runs, guests=guests, qemu=peer is not None, say=_say)
     results = list(table.run(settings, table.matching(only or ["*"])))
@@ -80,6 +86,9 @@ def bench_command(
         print_json(report)
     else:
         show(report)
+
+
+bench_command.add_command(paper_command)
 
 
 def show(report: Report) -> None:
