@@ -71,6 +71,7 @@ class Layout:
     dr: int              # quadword index of DR0
     error_code: int      # doubleword index
     is_int: int          # doubleword index of exception_is_int
+    old_exception: int   # doubleword index of the exception being delivered, which makes the next one #DF
     nested_cr3: int      # quadword index
     star: int            # quadword index; LSTAR, CSTAR, SFMASK follow as found below
     lstar: int
@@ -190,7 +191,7 @@ def find(uc: Uc, handle: int) -> Layout:
         env=env, env_bytes=size - CONTEXT_HEADER,
         no_exit_request=handle + _find_no_exit_request(handle, size - CONTEXT_HEADER),
         cpu_object=cpu_object, interrupt_request=cpu_object + INTERRUPT_REQUEST_AT, dr=dr0,
-        error_code=dr0 * 2 - 4, is_int=dr0 * 2 - 3, nested_cr3=dr0 + 18,
+        error_code=dr0 * 2 - 4, is_int=dr0 * 2 - 3, old_exception=dr0 * 2 + 24, nested_cr3=dr0 + 18,
         star=star, lstar=_index(image, marks["LSTAR"], "LSTAR"), cstar=_index(image, marks["CSTAR"], "CSTAR"),
         fmask=_index(image, marks["SFMASK"], "SFMASK"),
         kernel_gs_base=_index(image, marks["KERNEL_GS"], "KERNEL_GS_BASE"),

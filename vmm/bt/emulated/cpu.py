@@ -7,7 +7,7 @@ table of the block it was entered with.
 
 What a monitor may rely on after `enter` is what `vmm.bt.native.cpu` says.  Where this processor differs from
 the host's: it does not mind unaligned 16-byte operands, never raises #XM, leaves the last instruction and
-operand of the x87 out of its FXSAVE image, and performs half of a 16-byte store that faults on its second page.
+operand of the x87 out of its FXSAVE image, and may do half of a 16-byte store that faults on its second page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from vmm.bt.emulated import jumptable, trampolines, window
 from vmm.bt.emulated.arena import Arena
-from vmm.bt.emulated.engine import EXECUTE, INVALID_INSTRUCTION, READ, WRITE, Engine
+from vmm.bt.emulated.engine import EXECUTE, INTERRUPTED, INVALID_INSTRUCTION, READ, WRITE, Engine
 from vmm.bt.emulated.jumptable import JumpTable
 from vmm.bt.emulated.pagetables import DATA, ENTRIES, LEAF, WRITABLE, OwnMemory, Root, Space
 from vmm.bt.emulated.window import Window
@@ -30,6 +30,7 @@ from vmm.bt.native.windows import MappingBudget
 from vmm.memory.pool import PAGE_SHIFT, Pool
 from vmm.silicon import layout as at
 from vmm.silicon.guest import EngineFault
+from vmm.silicon.kick import Kicker
 from vmm.silicon.layout import SiliconError
 from vmm.x86.faults import Vector
 
@@ -75,7 +76,9 @@ class EmulatedCpu:
         #: the guest on the CPU, and its last exception
         self._block: Block | None = None
         self._vector = -1
-        self._failure: BaseException | None = None
+        self._failure: EngineFault | None = None
+        #: a kick met the guest on its way out: the next entry gives up
+        self._kicked = False
         self._tlb_due, self._tlb_interval = 0, _TLB_FIRST_NS
         engine.go_to_user_mode(self._root.physical)
         self._verify()
@@ -104,7 +107,7 @@ class EmulatedCpu:
         self.kick()
         seen.append((self.enter(block, 0), self._vector))
         block.close()
-        if seen != [(MISS, Vector.DF), (MISS, Vector.PF), (PREEMPTED, Vector.PF)]:
+        if seen != [(MISS, Vector.DF), (MISS, Vector.PF), (PREEMPTED, Vector.GP)]:
             raise SiliconError(f"the emulated processor does not stop as it should: {seen}")
 
     def new_block(self) -> Block:
@@ -142,8 +145,7 @@ class EmulatedCpu:
 
     def enter(self, block: Block, address: int) -> int:
         """Run the guest from `address`; the number of the stub it left by, or FAULT, MISS, PREEMPTED."""
-        error = self._load(block, address)
-        if (error or self._q[at.RIP] != self._left) and not self._bring_out(block, error):
+        if not self._load(block, address):
             return PREEMPTED
         return self._taken(block)
 
@@ -152,19 +154,21 @@ class EmulatedCpu:
 
         A jump to a stub leaves by it.  So a preempted guest is brought to the end of its instruction.
         """
-        error = self._load(block, self._pause)
-        paused = self._q[at.RIP] == self._left or self._bring_out(block, error)
+        loaded = self._load(block, self._pause)
         block.q[RIP] = address
-        if not paused:
+        if not loaded:
             return PREEMPTED
         self._q[at.RFLAGS] |= TF
-        self._bring_out(block, self._engine.run(address))
+        self._run(block, address)
         return self._taken(block)
 
-    def _load(self, block: Block, address: int) -> int:
-        """Bring the guest in and run it from `address`; Unicorn's error."""
+    def _load(self, block: Block, address: int) -> bool:
+        """Bring the guest in and run it from `address` until it is out; False if it was not even entered."""
         q, root = block.q, self._root
         q[RIP] = address
+        if self._kicked:
+            self._kicked = False
+            return False
         if (q[WINDOW], q[JUMP_TABLE]) != root.shown:
             root.show(q[WINDOW], q[JUMP_TABLE])
             self._q[at.GS + 1] = q[WINDOW]
@@ -175,7 +179,7 @@ class EmulatedCpu:
             self._engine.flush_tlb()
         self._block = block
         self._shared[_GIVEN] = block.view[_GIVEN]
-        return self._engine.run(_ARENA)
+        return self._run(block, _ARENA)
 
     def _taken(self, block: Block) -> int:
         """Give the guest, which is out, back to its block; why it left."""
@@ -188,31 +192,21 @@ class EmulatedCpu:
             self._engine.forget(start, end)
         self.arena.changed.clear()
 
-    def _bring_out(self, block: Block, error: int) -> bool:
-        """Bring a guest out that was stopped on its way; False if it had not even been entered."""
-        q, arena = self._q, self.arena
-        while True:
-            if self._failure is not None:
-                failure, self._failure = self._failure, None
-                raise failure
-            rip = q[at.RIP]
-            among_units = 0 <= rip - arena.units < arena.units_bytes
-            if error == INVALID_INSTRUCTION and among_units:
-                self._note(block, Vector.UD, 0, 0)
-            elif error:
-                raise EngineFault(f"Unicorn's error {error} at rip {rip:#x}")
-            elif rip == self._left:
-                return True
-            elif among_units:
-                block.q[RIP] = rip
-                self._leave_with(PREEMPTED)
-            elif rip == 0:
-                self._leave_with(MISS)
-            elif _ARENA <= rip < self._leave:
-                return False
-            else:
-                self.kick()         # it stood in a stub, or was leaving: the kick is for the next entry
-            error = self._engine.run(q[at.RIP])
+    def _run(self, block: Block, address: int) -> bool:
+        """Run from `address` until the guest is out; False if it was kicked before it was in."""
+        q = self._q
+        error = self._engine.run(address)
+        if q[at.RIP] == self._left and not error:
+            return True
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        if error == INVALID_INSTRUCTION and 0 <= q[at.RIP] - self.arena.units < self.arena.units_bytes:
+            self._note(block, Vector.UD, 0, 0)
+            return self._run(block, self._leave)
+        if error:
+            raise EngineFault(f"Unicorn's error {error} at rip {q[at.RIP]:#x}")
+        return False
 
     def _leave_with(self, why: int) -> None:
         """Let the guest leave, r13 saying why."""
@@ -233,13 +227,15 @@ class EmulatedCpu:
         q, place, arena, block = self._q, self._engine.place, self.arena, self._block
         self._d[place.old_exception] = _NO_EXCEPTION
         self._vector = vector
-        rip = q[at.RIP]
-        if 0 <= rip - arena.units < arena.units_bytes and block is not None:
+        rip, error = q[at.RIP], self._d[place.error_code]
+        if vector == Vector.GP and error & INTERRUPTED:
+            self._interrupted(rip)
+        elif 0 <= rip - arena.units < arena.units_bytes and block is not None:
             address = q[at.CR + 2]
             if vector == Vector.PF and 0 <= address - self._root.shown[1] < TABLE_BYTES:
                 self._leave_with(MISS)
             else:
-                self._note(block, vector, self._d[place.error_code], address)
+                self._note(block, vector, error, address)
         elif rip == 0:
             self._leave_with(MISS)
         elif vector == Vector.DB:
@@ -248,9 +244,29 @@ class EmulatedCpu:
             self._failure = EngineFault(f"exception {vector} outside the units, at rip {rip:#x}")
             self._engine.stop()
 
+    def _interrupted(self, rip: int) -> None:
+        """A kick."""
+        block = self._block
+        if 0 <= rip - self.arena.units < self.arena.units_bytes and block is not None:
+            block.q[RIP] = rip
+            self._leave_with(PREEMPTED)
+        elif _ARENA <= rip < self._leave:
+            self._engine.stop()
+        else:
+            self._kicked = True
+
     def kick(self) -> None:
         """Make the next entry give up (for signal handlers of Python's, and tests)."""
         self._engine.kick()
+
+    def forget_kick(self) -> None:
+        """A kick that came while no guest ran has been seen to."""
+        self._kicked = False
+        self._engine.forget_kick()
+
+    def join(self, kicker: Kicker) -> None:
+        """What stops the silicon of the monitor is a kick for this processor, too."""
+        kicker.precede(self._engine.kicker.handler)
 
     def close(self) -> None:
         """Give the timer back; the arena goes with the processor."""

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Unicorn as a bare x86-64 processor at CPL 3, without a kernel above it.
 
-Whatever would enter a kernel comes back to the caller instead: `syscall` ends the run, an exception calls
-`on_exception` with the registers live, and a kick ends the run between two blocks of the engine's own.  A
-kick is QEMU's halt request: it waits in the pending-interrupt word until the engine looks there, so one that
-comes while nothing runs ends the next run, and none is lost.
+Whatever would enter a kernel comes back to the caller instead: `syscall` ends the run, and an exception calls
+`on_exception` with the registers live.  A kick is a physical interrupt, taken between two blocks of the
+engine's own.  There being no interrupt table, it becomes a #GP of its own kind (`INTERRUPTED`).  Until then
+it waits in the pending-interrupt word: one that comes while nothing runs meets the next run; none is lost.
 
 Physical memory is what `provide` put there; virtual memory what the page tables under `root` say.  The
 engine caches both sides: after a change of either, `flush_tlb` and `forget` are for the caller to call.
@@ -38,6 +38,8 @@ _USER = 3
 _LIMIT = 0xFFFF_FFFF
 
 READ, WRITE, EXECUTE = unicorn_const.UC_PROT_READ, unicorn_const.UC_PROT_WRITE, unicorn_const.UC_PROT_EXEC
+#: bit of the error code of #GP: an interrupt found no table.  Translated code has no other way to set it.
+INTERRUPTED = 2
 #: what `run` returns for an invalid instruction, the one exception that calls nobody
 INVALID_INSTRUCTION = unicorn_const.UC_ERR_INSN_INVALID
 
@@ -75,7 +77,7 @@ class Engine:
         self._interrupt_request = ctypes.c_uint32.from_address(self.place.interrupt_request)
         self._exit_block = uclib["cpu_exit"]
         self._exit_block.argtypes, self._exit_block.restype = (_V,), None
-        self.kicker = Kicker(self.place.cpu_object, self.place.interrupt_request, at.INTERRUPT_HALT)
+        self.kicker = Kicker(self.place.cpu_object, self.place.interrupt_request)
         # before the engine's memory goes, also at exit: no signal may reach a dead engine
         self.close = weakref.finalize(self, self.kicker.close)
         self._hooks = (_EXCEPTION_HOOK(lambda engine, vector, data: on_exception(vector)),
@@ -113,7 +115,7 @@ class Engine:
         self._uc.mem_map_ptr(physical, length, access, address)
 
     def run(self, address: int) -> int:
-        """Run from `address` up to `syscall`, a kick, or an exception nobody completed; Unicorn's error."""
+        """Run from `address` up to `syscall` or `stop`; Unicorn's error."""
         error: int = self._start(self._handle, address, 0, 0, 0)
         return error
 
@@ -121,9 +123,13 @@ class Engine:
         """End the run from within `on_exception`."""
         self._stop(self._handle)
 
+    def forget_kick(self) -> None:
+        """Take a kick back that is still to be heeded."""
+        self._interrupt_request.value &= ~at.INTERRUPT_HARD
+
     def kick(self) -> None:
-        """End the run; if none is under way, the next."""
-        self._interrupt_request.value |= at.INTERRUPT_HALT
+        """Interrupt the run; if none is under way, the next."""
+        self._interrupt_request.value |= at.INTERRUPT_HARD
         self._exit_block(self.place.cpu_object)
 
     def flush_tlb(self) -> None:

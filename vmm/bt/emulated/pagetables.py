@@ -2,8 +2,8 @@
 """x86-64 page tables of the emulated processor, in memory of its own.
 
 Every window and every jump table is a `Space`: a range of virtual addresses at a place of its own within one
-512 GiB slot, with a third-level table (a PDPT) of its own.  The processor has one top-level table (`Root`), and
-in it only the spaces of the guest it runs: nothing of any other guest is within reach of translated code.
+512 GiB slot, with a third-level table (a PDPT) of its own.  In the processor's one top-level table (`Root`)
+are only the spaces of the guest it runs: nothing of any other guest is within reach of translated code.
 """
 
 from __future__ import annotations
