@@ -27,12 +27,15 @@ from unicorn.unicorn_py3.unicorn import uclib
 from vmm.silicon.layout import INTERRUPT_HARD
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# SA_RESTART; SA_ONSTACK, since translated code of another guest may be running on a stack pointer of its own
-_FLAGS = 0x1000_0000 | 0x0800_0000
+# SA_SIGINFO; SA_RESTART; SA_ONSTACK, since translated code may be running on a stack pointer of its own
+_FLAGS = 0x4 | 0x1000_0000 | 0x0800_0000
 _TIMER_ABSTIME = 1
 _REPEAT_NS = 1_000_000
 _F_SETSIG = 10
 
+_RET = b"\xc3"
+#: handlers of CPUs that are gone
+_retired: list[mmap.mmap] = []
 _free_signals = list(range(signal.SIGRTMIN + 2, signal.SIGRTMAX))
 
 
@@ -65,10 +68,10 @@ class Kicker:
             b"\x48\xb8", struct.pack("<Q", leave), b"\xff\xe0"))       # mov rax, cpu_exit; jmp rax
         self._code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
         self._code.write(code)
-        entry = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
-        # struct sigaction of glibc on x86-64: handler, 128 bytes of mask, flags, restorer
-        action = struct.pack("<Q128sIxxxxQ", entry, bytes(128), _FLAGS, 0)
-        _check(_libc.sigaction(self.signal, action, None), "sigaction")
+        #: address of the handler, a function without arguments
+        self.handler = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
+        self._both: mmap.mmap | None = None
+        self._install(self.handler)
         # struct sigevent: value, signo, notify (SIGEV_SIGNAL = 0), padding
         event = struct.pack("<QiI48x", 0, self.signal, 0)
         timer = ctypes.c_void_p()
@@ -79,6 +82,22 @@ class Kicker:
         self._settime = _libc.timer_settime
         self._armed = 0
         self.closed = False
+
+    def _install(self, handler: int) -> None:
+        # struct sigaction of glibc on x86-64: handler, 128 bytes of mask, flags, restorer
+        action = struct.pack("<Q128sIxxxxQ", handler, bytes(128), _FLAGS, 0)
+        _check(_libc.sigaction(self.signal, action, None), "sigaction")
+
+    def precede(self, other: int) -> None:
+        """Whenever this CPU is stopped another handler, at address `other`, is called first."""
+        code = b"".join((
+            b"\x48\x83\xec\x08",                                        # sub rsp, 8
+            b"\x48\xb8", struct.pack("<Q", other), b"\xff\xd0",          # mov rax, other; call rax
+            b"\x48\x83\xc4\x08",                                        # add rsp, 8
+            b"\x48\xb8", struct.pack("<Q", self.handler), b"\xff\xe0"))  # mov rax, handler; jmp rax
+        self._both = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        self._both.write(code)
+        self._install(ctypes.addressof(ctypes.c_char.from_buffer(self._both)))
 
     def at(self, when_ns: int) -> None:
         """Stop the CPU at CLOCK_MONOTONIC `when_ns`, and every millisecond from then until set again."""
@@ -108,6 +127,8 @@ class Kicker:
         if not self.closed:
             self.closed = True
             _libc.timer_delete(self._timer)
-            # a signal still under way must not find the code gone
+            # a signal still under way must not find the code gone, nor another CPU's that calls it first
+            self._code[0:1] = _RET
+            _retired.append(self._code)
             signal.signal(self.signal, signal.SIG_IGN)
             _free_signals.append(self.signal)
