@@ -51,6 +51,13 @@ REASONS: dict[int, str] = {
     ExitCode.SHUTDOWN: "shutdown",
     ExitCode.VMMCALL: "hypercall",
     ExitCode.NPF: "nested_page_fault",
+    ExitCode.BT_HIDDEN_FAULT: "hidden_page_fault",
+    ExitCode.BT_TRACE: "trace",
+    ExitCode.BT_ADAPTED: "adapted",
+    ExitCode.BT_SIMULATED: "simulated",
+    ExitCode.BT_MISS: "miss",
+    ExitCode.BT_CHAIN: "chain",
+    ExitCode.BT_SILICON: "silicon",
     ExitCode.INVALID: "invalid",
 }
 OTHER_REASON = "other"
@@ -137,6 +144,8 @@ TRANSLATOR_METRICS = (
          lambda translator: [((), translator.shared)]),
     _Row(CounterMetricFamily, "hostd_tc_units_evicted", "Units that made room for others.", (),
          lambda translator: [((), translator.evicted)]),
+    _Row(CounterMetricFamily, "hostd_tc_units_invalidated", "Units whose guest code changed.", (),
+         lambda translator: [((), translator.invalidated)]),
     _Row(CounterMetricFamily, "hostd_tc_units_rejected", "Units that the verifier did not let pass.", (),
          lambda translator: [((), translator.rejected)]),
     _Row(GaugeMetricFamily, "hostd_tc_code_pages", "Pages of guest code that translations are kept for.", (),

@@ -186,8 +186,9 @@ class TranslatorView(View, frozen=True):
     instructions: int = 0
     #: jumps linked to the unit they lead to
     chained: int = 0
-    #: units that made room for others, and that the verifier did not let pass
+    #: units that made room for others, whose guest code changed, and that the verifier did not let pass
     evicted: int = 0
+    invalidated: int = 0
     rejected: int = 0
     #: units a guest could use that were translated for another
     shared: int = 0

@@ -77,7 +77,7 @@ class PowerButton(Message, frozen=True):
 
 
 class ListTranslations(Message, frozen=True):
-    """Show the code translated for this guest, at one linear address or anywhere.  Answer: Listing, or none
+    """Show the code translated for this guest, around a linear address or anywhere.  Answer: Listing, or none
     if the guest has ended."""
 
     vm: str

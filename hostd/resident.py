@@ -6,11 +6,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
 
 from hostd.protocol import Adopt, Listing
 from hostd.scheduler import Usage
-from hostd.translator import Translator, excerpt
+from hostd.translator import MAX_UNITS, Translator, excerpt
 from vmm.machine import VirtualMachine
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import FrameSource
@@ -34,8 +33,7 @@ class Resident:
             passed = max(0, time.monotonic_ns() - adopt.since_ns)
             state.time_ns += passed
             state.cpu.tsc = state.cpu.tsc + passed * tsc_khz // 1_000_000 & (1 << 64) - 1
-        more: dict[str, Any] = {"engine": translator.engine} if state.monitor == "bt" else {}
-        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz, **more)
+        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz, translator.engine)
         self.machine.resume_clock()
         self._accounting = block.accounting
         # what it had before it came here; the run queue counts from zero
@@ -59,7 +57,7 @@ class Resident:
     def listing(self, address: int | None) -> Listing:
         """Its translated code.  A mistake in showing it costs the guest nothing."""
         try:
-            text, complete = excerpt(self.machine.translations(address))  # type: ignore[attr-defined]
+            text, complete = excerpt(self.machine.translations(address, MAX_UNITS + 1))
         except Exception as error:
             log.exception("translations not listed", extra={"vm": self.lease})
             problem = f"its translations cannot be shown: {type(error).__name__}: {error}"
@@ -72,9 +70,7 @@ class Resident:
 
     def close(self) -> None:
         """It is not run here any more: give back what the monitor took for it."""
-        close = getattr(self.machine, "close", None)
-        if close is not None:
-            close()
+        self.machine.close()
 
     def account(self, usage: Usage) -> None:
         """Publish where its time went."""

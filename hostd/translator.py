@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from hostd.model import DEFAULT_CACHE, BtCpu, TranslatorView
@@ -11,9 +10,7 @@ from vmm.memory.pool import Pool
 from vmm.silicon.kick import Kicker
 
 if TYPE_CHECKING:
-    from vmm.bt.engine import TranslationEngine  # type: ignore[import-not-found]
-
-log = logging.getLogger(__name__)
+    from vmm.bt.engine import TranslationEngine
 
 #: the most that is shown of translated code at once
 MAX_UNITS = 200
@@ -22,7 +19,7 @@ MAX_CHARACTERS = 256 << 10
 _GAP = "\n\n"
 
 #: counters of the engine that are handed on by their names
-_COUNTERS = ("units", "instructions", "chained", "evicted", "rejected", "shared", "pages")
+_COUNTERS = ("units", "instructions", "chained", "evicted", "invalidated", "rejected", "shared", "pages")
 
 
 class NoTranslator(Exception):
@@ -53,7 +50,6 @@ class Translator:
                                                  kicker=self._kicker)
             except Exception as error:
                 # hardware assistance works all the same: this must not cost other guests their worker
-                log.exception("no engine for binary translation")
                 raise NoTranslator(
                     f"binary translation is not possible here: {type(error).__name__}: {error}") from error
         return self._engine

@@ -209,6 +209,7 @@ class WorkerLoop:
             self._send(protocol.Refused(lease, "adopt", f"its state cannot be loaded: {error}"))
             return
         except NoTranslator as error:
+            log.exception("no engine for binary translation")
             self._send(protocol.Refused(lease, "adopt", str(error)))
             return
         self._guests[lease] = guest

@@ -27,7 +27,7 @@ class Engine:
     def __init__(self, *arguments: object, **options: object) -> None:
         self.arguments, self.options = arguments, options
         self.counters = SimpleNamespace(units=1, instructions=2, chained=3, evicted=4, rejected=5, shared=6,
-                                        pages=7)
+                                        pages=7, invalidated=9)
         self.used_bytes = 8
         self.closed = False
         self.made.append(self)
@@ -55,7 +55,7 @@ def test_the_engine_is_one_for_all_guests(translator: Translator) -> None:
     assert isinstance(engine.arguments[0], Pool)
     assert engine.options == {"cpu": "unicorn", "cache_bytes": 4096, "kicker": KICKER}
     assert translator.view() == TranslatorView(units=1, instructions=2, chained=3, evicted=4, rejected=5,
-                                               shared=6, pages=7, used_bytes=8)
+                                               invalidated=9, shared=6, pages=7, used_bytes=8)
     translator.close()
     assert engine.closed
 

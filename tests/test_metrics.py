@@ -91,11 +91,11 @@ async def test_latency_is_a_cumulative_histogram(fleet: Fleet) -> None:
 
 async def test_translators_are_described_whether_they_work_or_not(fleet: Fleet) -> None:
     fleet.translators[0] = TranslatorView(units=1, instructions=2, chained=3, evicted=4, rejected=5, shared=6,
-                                          pages=7, used_bytes=8)
+                                          pages=7, used_bytes=8, invalidated=9)
     samples = parse((await scrape(fleet)).text)
     for number, name in enumerate(("units_total", "instructions_total", "chained_jumps_total",
                                    "units_evicted_total", "units_rejected_total", "units_shared_total",
-                                   "code_pages", "used_bytes"), 1):
+                                   "code_pages", "used_bytes", "units_invalidated_total"), 1):
         assert value(samples, f"hostd_tc_{name}", worker="0") == number
         assert value(samples, f"hostd_tc_{name}", worker="1") == 0
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from hostd.model import BtCpu
 from hostd.scheduler.runqueue import LONE_TURN_NS
@@ -66,12 +65,13 @@ class Rig:
                 console: Callable[[bytes], None] = _silent, vmm: str = "hw") -> Iterator[VirtualMachine]:
         """The guest on this CPU, under the monitor `vmm`; its memory goes with it."""
         state = MachineState(memory_bytes=block.memory_bytes, cpu=cpu, monitor=vmm)
-        more: dict[str, Any] = {"engine": self.translator.engine} if vmm == "bt" else {}
-        machine = VirtualMachine(self.cpu, block, self.frames, state, console, self.tsc_khz, **more)
+        machine = VirtualMachine(self.cpu, block, self.frames, state, console, self.tsc_khz,
+                                 self.translator.engine)
         try:
             yield machine
         finally:
             machine.pause_clock()
+            machine.close()
             self.cpu.rest()
             self.free(block)
 

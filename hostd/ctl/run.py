@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Protocol
 
 import click
 
@@ -103,9 +103,12 @@ def machine(files: BootFiles, memory_bytes: int, vmm: str = "hw",
     except SiliconError as error:
         raise CtlError(str(error)) from None
     translator = Translator(pool, cpu.kicker, bt_cpu)
-    more: dict[str, Any] = {"engine": translator.engine} if vmm == "bt" else {}
     try:
-        yield VirtualMachine(cpu, block, magazine, state, write_out, tsc.measure_khz(), **more), cpu
+        guest = VirtualMachine(cpu, block, magazine, state, write_out, tsc.measure_khz(), translator.engine)
+        try:
+            yield guest, cpu
+        finally:
+            guest.close()
     except NoTranslator as error:
         raise CtlError(str(error)) from None
     finally:

@@ -39,7 +39,7 @@ def exits_command(session: Session, name: str) -> None:
 
 @click.command("tc")
 @one_name
-@click.option("--address", metavar="HEX", help="Only what begins at this linear address of the guest.")
+@click.option("--address", metavar="HEX", help="Only units with this linear address of the guest in them.")
 @format_option
 @pass_session
 def tc_command(session: Session, name: str, address: str | None) -> None:
