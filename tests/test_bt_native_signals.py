@@ -11,9 +11,9 @@ import pytest
 
 _GUEST = """
 import ctypes, faulthandler, os, signal
-from tests.bt_native_rig import Rig
+from tests.bt_cpu_rig import Rig
 from vmm.bt.native.trampolines import FAULT
-rig = Rig()
+rig = Rig.of("native")
 def guest_fault():
     rig.cpu.prepare()
     assert rig.run("65678B03") == FAULT
@@ -57,12 +57,12 @@ _OTHERS = """
 import signal, time
 from vmm.silicon.cpu import Cpu
 from vmm.memory.pool import Pool
-from tests.bt_native_rig import Rig
+from tests.bt_cpu_rig import Rig
 pool = Pool(1 << 20)
 silicon = Cpu(pool)                # its handlers were installed without the alternate stack
 seen = []
 signal.signal(signal.SIGALRM, lambda *about: seen.append(1))
-rig = Rig()
+rig = Rig.of("native")
 rig.block.set("rsp", 0x400800)     # somewhere in the interpreter, perhaps
 signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
 silicon.kicker.at(1)

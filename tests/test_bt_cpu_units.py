@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Units as the conventions have them, accepted by the verifier and run on the host's own processor."""
+"""Units as the conventions have them, accepted by the verifier and run on either CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.bt_native_rig import Rig
+from tests.bt_cpu_rig import KINDS, Rig
 from tests.bt_units import jump
 from vmm.bt.native.arena import STUB_BYTES
 from vmm.bt.native.trampolines import FAULT, MISS
@@ -17,8 +17,8 @@ from vmm.bt.verify import Layout, Verifier
 class Machine:
     """A rig whose arena is written only with what its verifier accepted."""
 
-    def __init__(self) -> None:
-        self.rig = Rig()
+    def __init__(self, kind: str) -> None:
+        self.rig = Rig.of(kind)
         arena = self.rig.cpu.arena
         self.units = arena.units
         self.verifier = Verifier(
@@ -44,9 +44,9 @@ class Machine:
         return self.rig.block.get(name)
 
 
-@pytest.fixture
-def machine() -> Iterator[Machine]:
-    machine = Machine()
+@pytest.fixture(params=KINDS)
+def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    machine = Machine(request.param)
     yield machine
     machine.rig.close()
 
