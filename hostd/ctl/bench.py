@@ -13,6 +13,7 @@ from rich.text import Text
 from hostd.bench import facts, table
 from hostd.bench.measures import Result, Settings
 from hostd.ctl.bench_paper import paper_command
+from hostd.ctl.bench_spec import spec_command
 from hostd.ctl.formatting import print_fields, print_json, print_table, size
 from hostd.ctl.session import Session, format_option, pass_session
 
@@ -89,6 +90,7 @@ def bench_command(
 
 
 bench_command.add_command(paper_command)
+bench_command.add_command(spec_command)
 
 
 def show(report: Report) -> None:
