@@ -29,8 +29,9 @@ ROUNDS = {
 }  # fmt: skip
 ABOUT = {
     "primes": "division: the paper's example", "fib": "recursive calls", "calls": "indirect calls",
-    "hash": "add, rotate, exclusive or", "sieve": "strided stores", 
-    "copy": "a megabyte there and back, by words", "string": "the same by REP MOVSD", "compress": "LZ77", "interpret": "a stack machine's loop",
+    "hash": "add, rotate, exclusive or", "sieve": "strided stores",
+    "copy": "a megabyte there and back, by words", "string": "the same by REP MOVSD",
+    "compress": "LZ77", "interpret": "a stack machine's loop",
 }  # fmt: skip
 #: the work of primes grows with the square of its rounds
 _QUADRATIC = {"primes"}

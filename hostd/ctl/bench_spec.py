@@ -63,8 +63,11 @@ def show(report: Report) -> None:
                 [[figure.name, _seconds(figure.cycles.get(NATIVE), report.tsc_khz),
                   *(_times(figure.ratios.get(engine)) for engine in others), figure.about]
                  for figure in report.figures])
+    programs: dict[tuple[str, str], list[str]] = {}
     for blank in report.blanks:
-        click.echo(f"blank: {blank.engine}, {blank.program}: {blank.reason}")
+        programs.setdefault((blank.engine, blank.reason), []).append(blank.program)
+    for (engine, reason), names in programs.items():
+        click.echo(f"blank: {engine}, {', '.join(names)}: {reason}")
 
 
 def _seconds(cycles: float | None, tsc_khz: int) -> str:
