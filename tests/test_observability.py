@@ -82,11 +82,13 @@ def substituted(expression: str) -> str:
 
 
 def start_guests(daemon: PrivateDaemon) -> None:
-    """Guests that compute, that sleep, that switch tasks, that share memory, and one that crashed."""
+    """Guests that compute, that sleep, that switch tasks, that are translated, that share memory, and one
+    that crashed."""
     for name, kernel, append in (("busy", "primes", "loop"), ("busier", "primes", "loop"),
                                  ("idle", "idle", ""), ("mixed", "mix", "rounds=0"),
                                  ("broken", "triple", "")):
         daemon.create(name, guests.read(kernel), append=append, start=True)
+    daemon.create("soft", guests.read("mix"), append="rounds=0", vmm="bt", start=True)
     daemon.wait("idle", console="idle: tick")
     daemon.do("idle", "clone", names=["twin"], start=True)
     daemon.wait("broken", state="crashed")
