@@ -19,6 +19,13 @@ from tests.told_host import FAKE_WORKER, ToldHost
 from vmm import guests
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that names `MONITORS` has its guests run under each of them."""
+    monitors = getattr(metafunc.module, "MONITORS", ())
+    if monitors and "rig" in metafunc.fixturenames:
+        metafunc.parametrize("rig", monitors, indirect=True)
+
+
 @pytest.fixture
 def host_config(tmp_path: Path) -> Config:
     """What the host of the `told` fixture runs with; tests may take another one."""

@@ -35,13 +35,13 @@ class Refusing:
 
     def __init__(self, frames: FrameSource, period: int) -> None:
         self._frames = frames
-        self._period = period
+        self.period = period
         self._asked = 0
         self.refused = 0
 
     def take(self) -> int:
         self._asked += 1
-        if self._asked % self._period == 0:
+        if self._asked % self.period == 0:
             self.refused += 1
             raise OutOfFrames("refused")
         return self._frames.take()
@@ -125,6 +125,7 @@ class Rig:
 
     def again(self, machine: Machine, state: MachineState, cpu: Cpu | None = None) -> Machine:
         """The machine of `state` over the memory of another one, which is not used any more."""
+        machine.close()
         return Machine(cpu or self.cpu, machine.block, machine.frames, state, self.khz)
 
     def clone(self, machine: Machine, state: MachineState) -> Machine:

@@ -21,16 +21,11 @@ from vmm.boot.linux import decompress_bzimage
 from vmm.monitor import Stop, StopReason
 from vmm.state import MachineState
 
+MONITORS = ("hw", "bt")
 MIB = 1 << 20
 GOOD = Stop(StopReason.EXIT, "wrote 1 to the debug-exit port", 1)
 PROMPT = "/ # "
 _PATIENCE_S = 50
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All of it under both monitors."""
-    if "rig" in metafunc.fixturenames:
-        metafunc.parametrize("rig", ["hw", "bt"], indirect=True)
 
 
 def boot(

@@ -19,15 +19,10 @@ from vmm.monitor import Stop, StopReason
 from vmm.silicon.cpu import Cpu
 from vmm.state import MachineState, decode, encode
 
+MONITORS = ("hw", "bt")
 MEMORY = 24 << 20
 GOOD = Stop(StopReason.EXIT, "wrote 1 to the debug-exit port", 1)
 MIX, PRIMES = ("mix", "rounds=1 tasks=4"), ("primes", "limit=8000")
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """All of it under both monitors."""
-    if "rig" in metafunc.fixturenames:
-        metafunc.parametrize("rig", ["hw", "bt"], indirect=True)
 
 
 def boot(rig: Rig, name: str, append: str = "", frames: FrameSource | None = None) -> Machine:

@@ -119,7 +119,7 @@ class VirtualMachine:
                             time_ns=self.clock.now(), devices=self.board.save(), monitor=self.monitor)
 
     def close(self) -> None:
-        """The guest is not here any more."""
+        """The guest is not here any more; more than once does no harm."""
         if isinstance(self.processor, TranslatingProcessor):
             self.processor.close()
 

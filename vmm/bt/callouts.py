@@ -247,8 +247,10 @@ def _fx(move: Callable[[TranslatingProcessor, int], None]) -> Handler:
 
 
 def _iret(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
-    if vcpu.nmi_masked or callout.form.opsize == 2 or not far_return(vcpu, callout):
+    if callout.form.opsize == 2 or not far_return(vcpu, callout):
         return vcpu.interlude()
+    if vcpu.nmi_masked:
+        vcpu.nmi_served()
     return None
 
 

@@ -96,25 +96,30 @@ class TranslatingProcessor(Processor):
         self._control_registers = self._controls()
         #: guest-physical pages of code that the silicon knows as it is; each is traced
         self._clean: set[int] = set()
-        self._native_ran = False
-        self._stepping = self._stepped = False
+        self._native_ran = self._shadow_stale = False
+        self._stepping = self._stepped = self._closed = False
         self._interlude = False
 
     # -- the loop ----------------------------------------------------------------------------------
 
     def enter_guest(self) -> int:
         """Let the guest run until it has to leave; its exit code."""
+        if self._shadow_stale:
+            # it left in an interlude: most probably that goes on, and needs no other way in than its own
+            code = self.interlude()
+            if code is not None:
+                return code
         self._settle()
         self.translated.prepare()
         while True:
-            self._follow_controls()
-            self.shadow.follow_p2m()
             mode = self.modes.now()
             if mode is None:
                 code = self.interlude()
                 if code is not None:
                     return code
                 continue
+            self._follow_controls()
+            self.shadow.follow_p2m()
             if self.fpu.in_silicon:
                 self.fpu.to_block()
                 self._settle()
@@ -154,7 +159,10 @@ class TranslatingProcessor(Processor):
     def _follow_controls(self) -> None:
         """The shadow follows control registers that were changed behind its back."""
         now, before = self._controls(), self._control_registers
-        if now == before:
+        if self._shadow_stale:
+            self._shadow_stale = False
+            before = 0, 0, 0        # the silicon did what it did, and told nobody
+        elif now == before:
             return
         self._control_registers = now
         if now[:2] != before[:2]:
@@ -167,6 +175,23 @@ class TranslatingProcessor(Processor):
         self.q[at.CR + 3] = value
         self._control_registers = self._controls()
         self.shadow.set_cr3()
+
+    def _take_nmi(self) -> None:
+        """Deliver an NMI at the boundary where the guest stands, unless that is behind STI or MOV SS."""
+        self._settle()
+        if self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ:
+            return
+        try:
+            self.take_nmi()
+            self.halted = False
+            self.evict()            # IRET is intercepted from the next entry on
+        except (TripleFault, Unsupported, BadAddress) as failure:
+            self._give_up(failure)
+
+    def nmi_served(self) -> None:
+        """IRET: the next NMI may come."""
+        self.nmi_masked = False
+        self.vmcb_intercept(ExitCode.IRET, False)
 
     # -- translated code ---------------------------------------------------------------------------
 
@@ -192,8 +217,10 @@ class TranslatingProcessor(Processor):
                     assert isinstance(what, Callout)
                     eip = what.eip
                     code = self._callout(what)
-                    if code is not None or not self._stays(view, mode):
+                    if code is not None:
                         return code
+                    if not self._stays(view, mode):
+                        return int(ExitCode.INTR) if self._rose else None
                     self._to_block(view)
                     eip = q[at.RIP]
                     address = self.lookup(view, mode, eip).address
@@ -228,6 +255,9 @@ class TranslatingProcessor(Processor):
 
     def _stays(self, view: View, mode: Mode) -> bool:
         """After a callout: whether translated code goes on in the same view and mode, and nothing else waits."""
+        if self.interrupts.nmi_pending and not self.nmi_masked:
+            self._rose = True
+            return False
         return (self.modes.now() is mode and self.shadow.view(mode.user) is view and view.mode is mode
                 and not self.d[at.HFLAGS] & at.HF_INHIBIT_IRQ and self.cpu.resident is self.guest
                 and self._control_registers == self._controls() and not self.fpu.in_silicon
@@ -245,7 +275,7 @@ class TranslatingProcessor(Processor):
             if unit is None:
                 unit = self.cache.get(page, eip, lambda: self.shadow.beyond(mode.user, number))
         except Device:
-            raise Unsupported(f"code is fetched from {eip:#x}, where no memory is") from None
+            raise Unsupported(f"the guest cannot go on: it fetches code from {eip:#x}, where no memory is") from None
         unit.hits += 1
         return unit
 
@@ -501,7 +531,7 @@ class TranslatingProcessor(Processor):
                 code = cpu.vmrun(self.guest)
                 if self._stepped:
                     break
-                if code == ExitCode.INTR and self.verdict is None:
+                if code == ExitCode.INTR and self.verdict is None and not self.halted:
                     if self._rose:
                         self._rose = False
                         continue
@@ -539,13 +569,14 @@ class TranslatingProcessor(Processor):
         """An interlude: untranslated modes, until the guest has to leave or its code is translated again."""
         self._counts[_SILICON] += 1
         cpu = self.cpu
+        if self.reenter:
+            cpu.evict()             # the VMCB changed, and counts from the next entry on
+            self.reenter = False
         self.fpu.to_silicon()
-        self._settle()
         if self._native_ran:
             self._native_ran = False
             cpu.invalidate_all()
             self._clean.clear()
-            self._settle()
         self._ask_window()
         cpu.flush_tlb()
         self._interlude = True
@@ -555,14 +586,14 @@ class TranslatingProcessor(Processor):
                 cpu.kicker.at(until)
                 code = cpu.vmrun(self.guest)
                 now = time.monotonic_ns()
-                if code != ExitCode.INTR or self.verdict is not None or now >= self._armed or now < until:
+                if (code != ExitCode.INTR or self.verdict is not None or self.halted or self.reenter
+                        or now >= self._armed or now < until):
                     return code
                 if self.modes.now() is not None:
                     return None
         finally:
             self._interlude = False
-            self.shadow.flush()
-            self._control_registers = self._controls()
+            self._shadow_stale = True
             cpu.kicker.at(self._armed)
 
     # -- what the CPU asks -------------------------------------------------------------------------
@@ -617,8 +648,10 @@ class TranslatingProcessor(Processor):
 
     def close(self) -> None:
         """The guest goes: its views and its block do, too."""
-        self.shadow.close()
-        self.state_block.close()
+        if not self._closed:
+            self._closed = True
+            self.shadow.close()
+            self.state_block.close()
 
 
 _HIDDEN, _TRACE, _ADAPTED, _SIMULATED, _MISS, _CHAIN, _SILICON = (slot_of(code) for code in (

@@ -40,7 +40,7 @@ from vmm.x86.flags import CR0_PG, CR4_PGE
 from vmm.x86.paging import ACCESSED, DIRTY, Access
 
 #: views a guest may have, beside the current ones
-_MOST_VIEWS = 32
+_MOST_VIEWS = 16
 #: a page of which more entries changed at once is no page table any more
 _FLOOD = 256
 _FETCH = {False: Access(fetch=True), True: Access(fetch=True, user=True)}
@@ -116,11 +116,21 @@ class Shadow:
         if view is None:
             if len(self._views) >= _MOST_VIEWS + 2:
                 self._recycle()
-            view = self._spare.pop() if self._spare else self._new_view()
+            view = self._spare.pop() if self._spare else self._blank_view()
             view.user = key[0]
             self._views[key] = view
         self._views.move_to_end(key)
         return view
+
+    def _blank_view(self) -> View:
+        """A new one, or where the host has no more address space, one that was used."""
+        try:
+            return self._new_view()
+        except OSError:
+            if len(self._views) < 2:
+                raise
+            self._recycle()
+            return self._spare.pop()
 
     def _recycle(self) -> None:
         """The view used longest ago becomes a blank one."""

@@ -166,6 +166,8 @@ class Cpu:
     def forget_stop(self) -> None:
         """What a stop was for has been seen to; if it is still to come, it need not."""
         self._interrupt_request.value &= ~at.INTERRUPT_HARD
+        if self.kicker.forget_other is not None:
+            self.kicker.forget_other()
 
     def kick_on_readable(self, descriptor: int) -> None:
         """Make input on a socket stop the running guest."""

@@ -21,6 +21,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Callable
 
 from unicorn.unicorn_py3.unicorn import uclib
 
@@ -71,6 +72,7 @@ class Kicker:
         #: address of the handler, a function without arguments
         self.handler = ctypes.addressof(ctypes.c_char.from_buffer(self._code))
         self._both: mmap.mmap | None = None
+        self.forget_other: Callable[[], None] | None = None
         self._install(self.handler)
         # struct sigevent: value, signo, notify (SIGEV_SIGNAL = 0), padding
         event = struct.pack("<QiI48x", 0, self.signal, 0)
@@ -88,8 +90,12 @@ class Kicker:
         action = struct.pack("<Q128sIxxxxQ", handler, bytes(128), _FLAGS, 0)
         _check(_libc.sigaction(self.signal, action, None), "sigaction")
 
-    def precede(self, other: int) -> None:
-        """Whenever this CPU is stopped another handler, at address `other`, is called first."""
+    def precede(self, other: int, forget: Callable[[], None]) -> None:
+        """Whenever this CPU is stopped another handler, at address `other`, is called first.
+
+        `forget` takes back what that handler did, when a stop has been seen to before it took effect.
+        """
+        self.forget_other = forget
         code = b"".join((
             b"\x48\x83\xec\x08",                                        # sub rsp, 8
             b"\x48\xb8", struct.pack("<Q", other), b"\xff\xd0",          # mov rax, other; call rax

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from vmm.bt.emulated import jumptable, trampolines, window
+from vmm.bt.emulated import faults, jumptable, trampolines, window
 from vmm.bt.emulated.arena import Arena
 from vmm.bt.emulated.engine import EXECUTE, INTERRUPTED, INVALID_INSTRUCTION, READ, WRITE, Engine
 from vmm.bt.emulated.jumptable import JumpTable
@@ -41,12 +41,14 @@ _ARENA_PHYSICAL = 3 << 38
 
 _FAULT_VECTOR, _FAULT_ERROR, _FAULT_ADDRESS = (
     OFFSETS[name] // 8 for name in ("fault_vector", "fault_error", "fault_address"))
-#: of the block, what translated code is given, and what is taken back from it
-_GIVEN = slice(0, OFFSETS["fx"] + 512)
+#: of the block, besides the FPU, what translated code is given, and what is taken back from it
+_GIVEN = slice(0, OFFSETS["single_step"])
 _TAKEN = slice(OFFSETS["system_flags"], OFFSETS["rip"])
 _FX = slice(OFFSETS["fx"], OFFSETS["fx"] + 512)
 _R13 = 13
 _NO_EXCEPTION = 0xFFFF_FFFF
+#: error codes of #PF: CPL 3 read where there is no page; the bit for writes
+_READ_ABSENT, _WRITE = 4, 2
 
 #: the TLB is flushed at intervals that double from the first to the second: only then it is resized
 _TLB_FIRST_NS, _TLB_LONGEST_NS = 5_000_000, 1_000_000_000
@@ -67,8 +69,8 @@ class EmulatedCpu:
             physical, length, address, READ | WRITE)))
         code = trampolines.build(_BLOCK)
         self.arena = Arena(arena_bytes, stubs, code.code, _ARENA)
-        self._leave, self._pause, self._left = (
-            _ARENA + code.labels[name] for name in ("leave", "pause", "left"))
+        self._registers, self._leave, self._pause, self._left = (
+            _ARENA + code.labels[name] for name in ("registers", "leave", "pause", "left"))
         self._marks = {why: self.arena.origin + why * STUB_BYTES for why in (FAULT, MISS, PREEMPTED)}
         self._shared = self._own_space()
         self._window_places, self._table_places = window.places(), jumptable.places()
@@ -77,6 +79,8 @@ class EmulatedCpu:
         self._block: Block | None = None
         self._vector = -1
         self._failure: EngineFault | None = None
+        #: the image of what the FPU holds, where that is known
+        self._fx = b""
         #: a kick met the guest on its way out: the next entry gives up
         self._kicked = False
         self._tlb_due, self._tlb_interval = 0, _TLB_FIRST_NS
@@ -179,12 +183,18 @@ class EmulatedCpu:
             self._engine.flush_tlb()
         self._block = block
         self._shared[_GIVEN] = block.view[_GIVEN]
+        fx = bytes(block.fx)
+        if fx == self._fx:
+            return self._run(block, self._registers)
+        self._fx = b""
+        self._shared[_FX] = fx
         return self._run(block, _ARENA)
 
     def _taken(self, block: Block) -> int:
         """Give the guest, which is out, back to its block; why it left."""
         block.view[_TAKEN] = self._shared[_TAKEN]
-        block.fx[:] = self._shared[_FX]
+        self._fx = bytes(self._shared[_FX])
+        block.fx[:] = self._fx
         return self._q[_R13] - self.arena.origin >> 4
 
     def _forget_changed(self) -> None:
@@ -204,8 +214,8 @@ class EmulatedCpu:
         if error == INVALID_INSTRUCTION and 0 <= q[at.RIP] - self.arena.units < self.arena.units_bytes:
             self._note(block, Vector.UD, 0, 0)
             return self._run(block, self._leave)
-        if error:
-            raise EngineFault(f"Unicorn's error {error} at rip {q[at.RIP]:#x}")
+        if error or not _ARENA <= q[at.RIP] < self._leave:
+            raise EngineFault(f"stopped at rip {q[at.RIP]:#x}, Unicorn's error {error}")
         return False
 
     def _leave_with(self, why: int) -> None:
@@ -226,16 +236,20 @@ class EmulatedCpu:
         """The registers are live, RIP where the exception struck; what is in it then is where to go on."""
         q, place, arena, block = self._q, self._engine.place, self.arena, self._block
         self._d[place.old_exception] = _NO_EXCEPTION
+        self._d[place.is_int] = 0
         self._vector = vector
         rip, error = q[at.RIP], self._d[place.error_code]
         if vector == Vector.GP and error & INTERRUPTED:
             self._interrupted(rip)
         elif 0 <= rip - arena.units < arena.units_bytes and block is not None:
             address = q[at.CR + 2]
-            if vector == Vector.PF and 0 <= address - self._root.shown[1] < TABLE_BYTES:
+            if (vector == Vector.PF and error == _READ_ABSENT
+                    and 0 <= address - self._root.shown[1] < TABLE_BYTES):
                 self._leave_with(MISS)
-            else:
-                self._note(block, vector, error, address)
+                return
+            if vector == Vector.PF:
+                error = self._page_fault(arena.read(rip, 16), error)
+            self._note(block, vector, error, address)
         elif rip == 0:
             self._leave_with(MISS)
         elif vector == Vector.DB:
@@ -243,6 +257,13 @@ class EmulatedCpu:
         else:
             self._failure = EngineFault(f"exception {vector} outside the units, at rip {rip:#x}")
             self._engine.stop()
+
+    def _page_fault(self, code: bytes, error: int) -> int:
+        """The error code as a processor has it; flags are put right, too."""
+        form = faults.translated(code)
+        if faults.has_computed_flags(form, self._d[at.CC_OP]):
+            self._d[at.CC_OP] = faults.CC_OP_EFLAGS
+        return error | _WRITE if faults.writes(form) else error
 
     def _interrupted(self, rip: int) -> None:
         """A kick."""
@@ -266,7 +287,7 @@ class EmulatedCpu:
 
     def join(self, kicker: Kicker) -> None:
         """What stops the silicon of the monitor is a kick for this processor, too."""
-        kicker.precede(self._engine.kicker.handler)
+        kicker.precede(self._engine.kicker.handler, self.forget_kick)
 
     def close(self) -> None:
         """Give the timer back; the arena goes with the processor."""

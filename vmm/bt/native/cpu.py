@@ -105,7 +105,7 @@ class NativeCpu:
 
     def join(self, kicker: Kicker) -> None:
         """What stops the emulated silicon is a kick for this CPU, too: one timer, one signal for input."""
-        self._handlers.precede(kicker.signal)
+        kicker.precede(self._handlers.kick_handler, self._handlers.forget_kick)
 
     def close(self) -> None:
         """Give the arena and the timer back; the handlers stay."""

@@ -137,13 +137,6 @@ again:
         C3                              ; ret
 """
 
-_BOTH = """
-        48 B8 =kick                     ; movabs rax, kick
-        FF D0                           ; call rax
-        48 B8 =other                    ; movabs rax, other
-        FF E0                           ; jmp rax
-"""
-
 _SA_SIGINFO, _SA_ONSTACK, _SA_RESTART, _SA_NODEFER = 0x4, 0x0800_0000, 0x1000_0000, 0x4000_0000
 _SYS_RT_SIGACTION = 13
 _STACK_BYTES = 256 << 10
@@ -224,14 +217,15 @@ class Handlers:
         if handler not in (signal.SIG_DFL, signal.SIG_IGN) and not flags & _SA_ONSTACK:
             _install(number, handler, mask, flags | _SA_ONSTACK)
 
-    def precede(self, number: int) -> None:
-        """A signal with a handler in machine code is a kick as well: ours comes first, then that one."""
-        handler, mask, flags, _ = _action(number)
-        code = assemble(_BOTH, {"kick": self._kick, "other": handler}).code
-        page = memory.reserve(memory.PAGE, memory.READ | memory.WRITE)
-        memory.view(page, memory.PAGE)[:len(code)] = code
-        memory.protect(page, memory.PAGE, memory.READ | memory.EXEC)
-        _install(number, page, mask, flags | _SA_SIGINFO | _SA_ONSTACK)
+    @property
+    def kick_handler(self) -> int:
+        """Address of the handler of kicks, for other signals that are kicks as well."""
+        return self._kick
+
+    def forget_kick(self) -> None:
+        """A kick that found no guest running has been seen to."""
+        at = _CONTROL["kicked"]
+        self._view[at:at + 4] = bytes(4)
 
     def intact(self) -> bool:
         """Whether the alternate stack and the handler of SIGSEGV are still ours."""

@@ -13,6 +13,7 @@ from tests import hw_modes as modes
 from tests.hw_rig import Rig, vector_of
 from vmm.monitor import StopReason
 
+MONITORS = ("hw", "bt")
 GP = 13
 _ROUNDS = 20_000
 _SLICE_NS = 30_000

@@ -22,6 +22,8 @@ from vmm.x86 import descriptors as ds
 from vmm.x86.flags import CR0_PE, CR0_PG, RFLAGS_IF, RFLAGS_NT, RFLAGS_RF, RFLAGS_VM
 
 UD2, INT30, NOP = b"\x0f\x0b", b"\xcd\x30", b"\x90"
+
+MONITORS = ("hw", "bt")
 UD, DF, TS, NP, SS, GP, PF = 6, 8, 10, 11, 12, 13, 14
 #: selector error codes
 IDT_BIT, EXT_BIT = 2, 1
@@ -318,8 +320,9 @@ Change = Callable[[m.Setup], None]
 def _gate(vector: int, handler: int = 0x30, **options: int | bool) -> Change:
     def change(setup: m.Setup) -> None:
         long = setup.cpu.efer != 0
-        selector = options.pop("selector", m.CODE64 if long else m.CODE32)
-        data = m.gate(m.handler(handler), int(selector), **options)  # type: ignore[arg-type]
+        rest = dict(options)
+        selector = rest.pop("selector", m.CODE64 if long else m.CODE32)
+        data = m.gate(m.handler(handler), int(selector), **rest)  # type: ignore[arg-type]
         if long and len(data) == 8:
             data += bytes(8)
         setup.set_gate(vector, data)

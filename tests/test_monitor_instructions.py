@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 import time
 
 import pytest
 
 from tests import hw_modes as m
-from tests.hw_rig import Rig, frame, halted, vector_of
+from tests.hw_rig import Refusing, Rig, frame, halted, vector_of
 from vmm.exitcodes import ExitCode
-from vmm.memory.frames import Magazine
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import layout as at
 from vmm.state import CpuState
@@ -26,6 +26,7 @@ from vmm.x86.flags import (
     RFLAGS_VM,
 )
 
+MONITORS = ("hw", "bt")
 DB, UD, GP, PF = 1, 6, 13, 14
 HALT = b"\xf4"
 TARGET = 0x9000
@@ -141,7 +142,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(rig: Rig, case: str) -> None:
-    setup, vector = REFUSED[case]
+    setup, vector = copy.deepcopy(REFUSED[case])
     code = setup.memory[m.CODE]
     setup.put(m.CODE, b"\x90" + code)
     machine = halted(rig, setup)
@@ -315,11 +316,11 @@ def test_state_of_reset_runs(rig: Rig) -> None:
 
 def test_first_touch_without_a_frame(rig: Rig) -> None:
     setup = legacy(b"\xff\x05\x00\x00\x20\x00\xf4")                 # inc dword [0x200000]
-    machine = rig.machine(*_start(setup))
-    stock, machine.processor.frames = machine.processor.frames, Magazine()
+    frames = Refusing(rig.frames(), 1)
+    machine = rig.machine(*_start(setup), frames=frames)
     for _ in range(3):
         assert machine.go() == Stop(StopReason.NO_FRAMES)
-    machine.processor.frames = stock
+    frames.period = 1000
     assert machine.go() == Stop(StopReason.HALTED)
     assert machine.memory.read_u32(0x20_0000) == 1
 

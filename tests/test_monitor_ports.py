@@ -12,6 +12,7 @@ from vmm.monitor import Stop, StopReason
 from vmm.state import Segment
 from vmm.x86.flags import RFLAGS_RF
 
+MONITORS = ("hw", "bt")
 GP = 13
 RAX, RCX, RSI, RDI = 0, 1, 6, 7
 

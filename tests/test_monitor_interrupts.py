@@ -17,6 +17,7 @@ from vmm.silicon import layout as at
 from vmm.state import decode, encode
 from vmm.x86.flags import RFLAGS_IF
 
+MONITORS = ("hw", "bt")
 NMI, VECTOR = 2, 0x40
 IN, OUT = b"\xe4\x80", b"\xe6\x80"
 STI, CLI, HALT, NOP, INC = b"\xfb", b"\xfa", b"\xf4", b"\x90", b"\xff\xc0"
