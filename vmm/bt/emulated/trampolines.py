@@ -2,8 +2,8 @@
 """The way into translated code and out of it on the emulated processor, at CPL 3 like the code itself.
 
 A copy of what translated code may see of the state block lies at a fixed address.  `enter` loads the guest
-from it, `leave`, where the stubs jump, stores the guest there; `pause` ends a run with the guest's registers
-as they are.  r13 says why a guest left, as in `vmm.bt.native.trampolines`.
+from it, `registers` all of it but its FPU; `leave`, where the stubs jump, stores the guest there; `pause`
+ends a run with the guest's registers as they are.  r13 says why a guest left, as in the native trampolines.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from vmm.bt.native.assembly import Assembled, assemble
 from vmm.bt.native.block import LIVE_FLAGS, OFFSETS
 
 LISTING = """
+enter:
         49 BE =block                    ; movabs r14, block
         41 0F AE 8E @fx                 ; fxrstor [r14 + fx]
+registers:
+        49 BE =block                    ; movabs r14, block
         4D 8B A6 @window                ; mov r12, qword ptr [r14 + window]
         4D 8B BE @jump_table            ; mov r15, qword ptr [r14 + jump_table]
         41 8B 86 @flags                 ; mov eax, dword ptr [r14 + flags]

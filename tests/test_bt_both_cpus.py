@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The same translations on both CPUs: instructions, sequences of them and programs have the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.bt_guest import Guest, Stop
+from tests.test_bt_differential import (
+    CODE,
+    CODE_BYTES,
+    DATA,
+    DATA_BYTES,
+    Both,
+    State,
+    difference,
+    instructions,
+    states,
+)
+from vmm.bt.cache import TranslationCache
+from vmm.bt.codepage import CodePage
+from vmm.bt.decode import decode
+from vmm.bt.emulated.cpu import EmulatedCpu
+from vmm.bt.mode import Mode
+from vmm.bt.native.block import LIVE_FLAGS
+from vmm.bt.native.windows import MappingBudget
+from vmm.bt.table import Kind, Unit
+from vmm.memory.pool import PAGE_SHIFT, Pool
+from vmm.x86.flags import RFLAGS_CF
+
+
+class EmulatedGuest(Guest):
+    """A guest on the emulated CPU."""
+
+    def __init__(self, memory: int = 4 << 20, arena: int = 2 << 20, stubs: int = 16384) -> None:
+        self.cpu = EmulatedCpu(arena, stubs)
+        self.pool = Pool(memory)
+        self.window = self.cpu.new_window(self.pool, MappingBudget())
+        self.table = self.cpu.new_table()
+        self.cache = TranslationCache(self.cpu.arena)
+        self.cache.tables.append(self.table)
+        self.code: dict[tuple[Mode, int], CodePage] = {}
+        self.block = self.cpu.new_block()
+        self.block.set("window", self.window.base)
+        self.block.set("jump_table", self.table.base)
+        self.pages = memory >> PAGE_SHIFT
+        self.window.map(0, 0, self.pages, writable=True)
+        self.memory = self.pool.view
+        self.cpu.prepare()
+
+
+class Runner(Both):
+    """Programs and states on one CPU."""
+
+    def __init__(self, guest: type[Guest]) -> None:
+        self.guest = guest(memory=DATA + DATA_BYTES)
+        self.guest.window.clear()
+        self.guest.window.map(CODE >> 12, CODE >> 12, CODE_BYTES >> 12)
+        self.guest.window.map(DATA >> 12, DATA >> 12, DATA_BYTES >> 12, writable=True)
+
+    def run(self, code: bytes, state: State) -> tuple[State, Stop]:
+        return self.native(code, state)
+
+
+@pytest.fixture(scope="module")
+def runners() -> Iterator[tuple[Runner, Runner]]:
+    pair = Runner(Guest), Runner(EmulatedGuest)
+    yield pair
+    for runner in pair:
+        runner.guest.close()
+
+
+def _integer(code: bytes) -> bool:
+    return decode(code + bytes(16), 0, True).entry.unit is Unit.INTEGER
+
+
+def _undefined(code: bytes) -> int:
+    entry = decode(code + bytes(16), 0, True).entry
+    # of counts beyond the operand
+    return entry.flags_undefined | (RFLAGS_CF if entry.mnemonic in ("shl", "shr", "sar") else 0)
+
+
+def compare(runners: tuple[Runner, Runner], code: bytes, state: State, mask: int) -> None:
+    (native, stop), (emulated, other) = (runner.run(code, state) for runner in runners)
+    assert stop == other
+    assert native.registers == emulated.registers
+    assert native.eflags & mask == emulated.eflags & mask, (hex(native.eflags), hex(emulated.eflags))
+    assert difference(native.memory, emulated.memory) is None
+    assert native.xmm == emulated.xmm
+
+
+def test_one_instruction(runners: tuple[Runner, Runner]) -> None:
+    @settings(max_examples=1000, deadline=None, derandomize=True)
+    @given(instructions().filter(_integer), states())
+    def check(code: bytes, state: State) -> None:
+        compare(runners, code, state, LIVE_FLAGS & ~_undefined(code))
+    check()
+
+
+def _sequential(code: bytes) -> bool:
+    entry = decode(code + bytes(16), 0, True).entry
+    return (entry.unit is Unit.INTEGER and not _undefined(code)
+            and entry.kind not in (Kind.JCC, Kind.LOOP, Kind.JMP, Kind.CALL))
+
+
+def test_sequences_of_instructions(runners: tuple[Runner, Runner]) -> None:
+    @settings(max_examples=500, deadline=None, derandomize=True,
+              suppress_health_check=[HealthCheck.filter_too_much])
+    @given(st.lists(instructions().filter(_sequential), min_size=2, max_size=20), states())
+    def check(codes: list[bytes], state: State) -> None:
+        compare(runners, b"".join(codes), state, LIVE_FLAGS)
+    check()
