@@ -22,7 +22,8 @@ from vmm import guests
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module that names `MONITORS` has its guests run under each of them."""
     monitors = getattr(metafunc.module, "MONITORS", ())
-    if monitors and "rig" in metafunc.fixturenames:
+    own = any("rig" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if monitors and "rig" in metafunc.fixturenames and not own:
         metafunc.parametrize("rig", monitors, indirect=True)
 
 

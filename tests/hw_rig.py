@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable
 
 from tests import hw_modes
+from vmm.bt.cache import Counters
 from vmm.bt.engine import TranslationEngine
 from vmm.clock import GuestClock
 from vmm.machine import VirtualMachine
@@ -137,6 +138,10 @@ class Rig:
         clock = GuestClock(self.khz, tsc.read)
         clock.start()
         return clock
+
+    def translations(self) -> Counters:
+        """What the translation cache counts."""
+        return engine_of(self.cpu).counters
 
     def check(self) -> list[str]:
         return self.allocator.check([block.leaf() for block in self.blocks])

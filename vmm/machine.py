@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from vmm.bt.engine import TranslationEngine
-from vmm.bt.processor import TranslatingProcessor
 from vmm.clock import GuestClock
 from vmm.devices.board import Board
 from vmm.devices.timers import NEVER
@@ -19,6 +18,10 @@ from vmm.monitor import Stop, StopReason
 from vmm.silicon import tsc
 from vmm.silicon.cpu import Cpu
 from vmm.state import MachineState, StateError
+
+if TYPE_CHECKING:
+    from vmm.bt.engine import TranslationEngine
+    from vmm.bt.processor import TranslatingProcessor
 
 
 class VirtualMachine:
@@ -41,11 +44,15 @@ class VirtualMachine:
             self.board.load(state.devices)
         self.monitor = state.monitor
         self.processor: Processor
+        self._translating: TranslatingProcessor | None = None
         if state.monitor == "bt":
             if engine is None:
                 raise StateError("a guest of the software monitor, and no engine to translate its code")
-            self.processor = TranslatingProcessor(cpu, block, frames, self.board, self.clock, state.cpu,
-                                                  engine())
+            from vmm.bt.processor import TranslatingProcessor       # guests of hw do not pay for it
+
+            self._translating = TranslatingProcessor(cpu, block, frames, self.board, self.clock, state.cpu,
+                                                     engine())
+            self.processor = self._translating
         elif state.monitor == "hw":
             self.processor = Processor(cpu, block, frames, self.board, self.clock, state.cpu)
         else:
@@ -120,14 +127,14 @@ class VirtualMachine:
 
     def close(self) -> None:
         """The guest is not here any more; more than once does no harm."""
-        if isinstance(self.processor, TranslatingProcessor):
-            self.processor.close()
+        if self._translating is not None:
+            self._translating.close()
 
     def translations(self, address: int | None = None, most: int = 200) -> str:
-        """The translation units of a guest's code as a listing, or the one with `address` in it."""
-        if not isinstance(self.processor, TranslatingProcessor):
+        """The translation units of a guest's code as a listing, or those with `address` in them."""
+        if self._translating is None:
             raise ValueError("the guest runs under the hardware-assisted monitor: nothing is translated")
-        return self.processor.listing(address, most)
+        return self._translating.listing(address, most)
 
     # -- ends --------------------------------------------------------------------------------------
 

@@ -227,7 +227,10 @@ class TranslatingProcessor(Processor):
                     continue
                 if left == FAULT:
                     fault = block.fault()
+                    traces = self.shadow.traces.count
                     if fault.vector == Vector.PF and self._hidden(view, mode, fault):
+                        if self.shadow.traces.count != traces:
+                            self._mind_own_page(view, mode, fault)
                         address = cache.resume_at(fault.rip)
                         continue
                     found = cache.at(fault.rip)
@@ -371,6 +374,23 @@ class TranslatingProcessor(Processor):
         self._times[_HIDDEN] += time.perf_counter_ns() - started
         return True
 
+    def _mind_own_page(self, view: View, mode: Mode, fault: Fault) -> None:
+        """A store is about to change code.  If that of its own page, it must not go on to what was translated.
+
+        Raises _Left when the instruction has been carried out for that reason.
+        """
+        unit = self.cache.at(fault.rip)
+        assert unit is not None
+        if view.code.get(unit.page.number) is unit.page:
+            return
+        eip = unit.eip_at(fault.rip - unit.address)
+        if self.cache.resume_at(fault.rip) != fault.rip:
+            # a string instruction, which cannot be entered in its middle: the silicon repeats it once
+            self._to_registers(eip)
+            raise _Left(self.step())
+        self._finish_instruction(view, mode, eip)
+        raise _Left(None)
+
     def _fault_of_unit(self, view: View, mode: Mode, eip: int, fault: Fault) -> int:
         """Where to go on in translated code.
 
@@ -387,7 +407,10 @@ class TranslatingProcessor(Processor):
         try:
             if write and address >> PAGE_SHIFT in view.window.pages:
                 self._store_to_protected(view, mode, eip, address)
+            traces = self.shadow.traces.count
             self.shadow.fill(mode.user, address, write)
+            if self.shadow.traces.count != traces:
+                self._mind_own_page(view, mode, fault)
         except Device:
             self._to_registers(eip)
             raise _Left(self._device_access(view, mode, eip)) from None
@@ -401,30 +424,17 @@ class TranslatingProcessor(Processor):
         # the guest's own page tables may forbid it
         self.walker.find(address, True, view.user)
         self._counts[_TRACE] += 1
-        own = self.shadow.is_executed_at(source, view, eip >> PAGE_SHIFT)
         stands = self._bq[RIP]
-        if self.cache.resume_at(stands) != stands:
-            # a string instruction, which cannot be entered in its middle: the silicon repeats it once
-            if not own:
-                return
-            # the silicon's store sets the trace off
-            self._to_registers(eip)
-            raise _Left(self.step())
-        if self.shadow.traces.store_in_place(source) and self.shadow.open(view, address) is not None:
+        if (self.cache.resume_at(stands) == stands and self.shadow.traces.store_in_place(source)
+                and self.shadow.open(view, address) is not None):
             try:
                 self._finish_instruction(view, mode, eip)
             finally:
                 self.shadow.shut(view, address)
             self.shadow.stored(source)
-        elif own:
-            # the page of the store itself: its unit must not go on to what may have been changed
-            self.shadow.fill(mode.user, address, True)
-            self._finish_instruction(view, mode, eip)
-        else:
             self._trapped(view, eip)
-            return
+            raise _Left(None)
         self._trapped(view, eip)
-        raise _Left(None)
 
     def _finish_instruction(self, view: View, mode: Mode, eip: int) -> None:
         """One instruction of translated code, but for those on strings, to its end; registers follow."""

@@ -91,6 +91,8 @@ class Shadow:
         #: tables out of sync: page -> what it was
         self._unsynced: dict[int, bytes] = {}
         self.traces = CodeTraces(p2m)
+        #: pages of code this guest has come upon
+        self._met: set[int] = set()
         #: linear pages mapped so far
         self.fills = 0
         p2m.traced.clear()
@@ -254,6 +256,9 @@ class Shadow:
             found = self.traces.adopt(view, CodePage(mode, number, code, private=True), source)
         else:
             found = self._cache.page(mode, number, code)
+            if id(found) not in self._met:
+                self._met.add(id(found))
+                self._cache.counters.shared += len(found.units)
         view.code[number] = found
         self._watch_code(view, number, source)
         return found
@@ -318,10 +323,6 @@ class Shadow:
             view.window.unmap(page)
             del view.sources[page]
         self._shown.pop(source, None)
-
-    def is_executed_at(self, source: int, view: View, number: int) -> bool:
-        """Whether the code at a linear page of a view is that of a guest-physical page."""
-        return self.traces.executes(source, view, number)
 
     def locate(self, user: bool, address: int, write: bool) -> int:
         """The guest-physical page of a linear address.  Raises GuestFault, Device, OutOfFrames."""

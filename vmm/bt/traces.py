@@ -82,7 +82,3 @@ class CodeTraces:
     def private_pages(self, source: int) -> list[CodePage]:
         """The private code of a mixed page."""
         return list(self._mixed.get(source, {}).values())
-
-    def executes(self, source: int, view: View, number: int) -> bool:
-        """Whether the page is executed at linear page `number` of a view."""
-        return (view, number) in self._watched.get(source, ())
