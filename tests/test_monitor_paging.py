@@ -123,7 +123,7 @@ def test_a_page_made_read_only_faults_after_a_flush(rig: Rig) -> None:
 
 
 def test_address_spaces_take_turns(rig: Rig) -> None:
-    """Two page directories show different frames at an address; each is changed while the other is current."""
+    """Two page directories show different frames at an address; each is changed under the other one."""
     other, pages, page = 0x3_0000, 0x3_1000, SMALL + 0x20000
     tables = {f"x{other:x}": struct.pack("<II", 0x87, pages | 7),
               f"x{pages:x}": b"".join(word(0x2_4000 | 7) for _ in range(1024)),
