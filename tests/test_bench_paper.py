@@ -105,6 +105,15 @@ def test_what_fails_once_is_blank_and_not_run_again(monkeypatch: pytest.MonkeyPa
     assert list(found) == list(paper.OPERATIONS)
 
 
+def test_linux_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(paper_engines.ENGINES, "hw", lambda guest: "nano in 1 1\n")
+    monkeypatch.setattr(paper._Linux, "under",
+                        lambda linux, engine: lambda: f"nano {paper.LINUX} 2 600\n")
+    figures, blanks = measure(Settings(("hw",), runs=3, scale=LITTLE))
+    found = {figure.name: figure.runs.get("hw", []) for figure in figures}
+    assert (found["in"], found[paper.LINUX], blanks) == ([1.0] * 3, [300.0], [])
+
+
 def test_ratios_need_both_sides() -> None:
     figure = Figure(name="in", operations=1, cycles={"bt": 30.0, "hw": 60.0}, runs={})
     assert figure.ratio("hw", "bt") == 2.0
@@ -143,5 +152,5 @@ def test_a_report_as_json_as_a_table_and_as_a_picture(tmp_path: Path, capsys: py
     show(report)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("pgfault") and line.endswith("11,242") for line in lines)
-    assert "the paper: native 6.0 s, bt 36.9 s, hw 106.4 s; here: none" in "\n".join(lines)
+    assert "the paper: native 6.0 s, bt 36.9 s, hw 106.4 s; here (from 20): none" in "\n".join(lines)
     assert lines[-1] == "blank: hw, linux-forkwait: no Debian here"

@@ -10,6 +10,8 @@ from html import escape
 _COLOURS = ("#4c78a8", "#f58518", "#e0ac2b", "#54a24b", "#b279a2", "#9d755d")
 _HEIGHT, _LEFT, _TOP, _BOTTOM = 320, 70, 50, 40
 _BAR, _GAP, _LEGEND_STEP = 14, 18, 110
+#: the least width of a group, for its name
+_GROUP = 95
 _FONT = 'font-family="sans-serif" font-size="12"'
 
 
@@ -19,7 +21,7 @@ def bar_chart(title: str, unit: str, series: Sequence[str], groups: Mapping[str,
     values = [value for group in groups.values() for value in group.values()]
     low = math.floor(math.log10(min(values, default=1)))
     high = max(math.ceil(math.log10(max(values, default=10))), low + 1)
-    pitch = _BAR * len(series) + _GAP
+    pitch = max(_BAR * len(series) + _GAP, _GROUP)
     width = max(_LEFT + pitch * len(groups) + _GAP, _LEFT + _LEGEND_STEP * len(series))
     base = _TOP + _HEIGHT
 

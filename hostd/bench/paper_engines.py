@@ -24,7 +24,7 @@ from vmm.silicon.layout import SiliconError
 
 QEMU = "qemu-system-i386"
 #: seconds after which a guest is given up
-TIMEOUT = 1800.0
+TIMEOUT = 3600.0
 #: tables of the machine, and some air
 _OVERHEAD = 16 << 20
 #: what the debug-exit port makes of 0, as the status of QEMU
