@@ -2,8 +2,8 @@
 """The tables of the paper's chapter 5.1.1: cycles for one operation, natively and under each monitor.
 
 `nano`, a kernel, runs under everything that runs guests; what a process can do is timed on the host, too.
-`linux-forkwait` is the paper's C program, one binary for the host and for a Linux guest; it takes minutes, and
-is run once.
+`linux-forkwait` is the paper's C program, one binary for the host and for a Linux guest; as it takes minutes,
+it is run once.
 """
 
 from __future__ import annotations
