@@ -5,9 +5,14 @@ The reference for `vmm.bt.native`, and the way where the host's processor is not
 translated code are the arena (to execute and read), a copy of the state block, and the window and the jump
 table of the block it was entered with.
 
-What a monitor may rely on after `enter` is what `vmm.bt.native.cpu` says.  Where this processor differs from
-the host's: it does not mind unaligned 16-byte operands, never raises #XM, leaves the last instruction and
-operand of the x87 out of its FXSAVE image, and may do half of a 16-byte store that faults on its second page.
+What a monitor may rely on after `enter` is what `vmm.bt.native.cpu` says.  This processor differs from the
+host's in that it
+
+    does not mind unaligned 16-byte operands, and never raises #XM
+    leaves the last instruction and operand of the x87 out of its FXSAVE image
+    may do half of a 16-byte store that faults on its second page
+    has the flags of the last step when a repeated cmps or scas faults
+    loses CF when rcl or rcr faults on storing, and all flags but ZF when cmpxchg8b is executed
 """
 
 from __future__ import annotations
