@@ -3,9 +3,10 @@
 
     python -m tests.bt_fuzz --seconds 600 [--seed N]
 
-Each guest has a megabyte of random bytes, or of random instructions, to execute at CPL 0 or CPL 3; its exception
-handler goes on in the middle of them.  It may break itself in any way.  It must not take this process down, and
-the frames around its own, which are filled with a pattern, must never change: exit status 0 says so.
+Each guest has a megabyte of random bytes, or of random instructions, to execute at CPL 0 or CPL 3; its
+exception handler goes on in the middle of them.  It may break itself in any way.  It must not take this
+process down, and the frames around its own, which are filled with a pattern, must never change: exit status 0
+says so.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def _handler(code: int, data: int) -> bytes:
         b"\xA3", (HANDLER + 0x800).to_bytes(4, "little"),                # mov [place], eax
         b"\xC1\xE8\x0C", b"\x05", WILD.to_bytes(4, "little"),            # shr eax, 12; add eax, WILD
         b"\x6A", bytes([data]), b"\x68", (STACK + 0x4000).to_bytes(4, "little"),    # push ss; push esp
-        b"\x6A\x02", b"\x6A", bytes([code]), b"\x50", b"\xCF"))          # push flags; push cs; push eax; iretd
+        b"\x6A\x02", b"\x6A", bytes([code]), b"\x50", b"\xCF"))          # push flags, cs, eax; iretd
 
 
 class Wilderness:

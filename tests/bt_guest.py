@@ -66,6 +66,10 @@ class Guest:
             page = self.code[mode, number] = self.cache.page(mode, number, self.fetch(number))
         return self.cache.get(page, eip, lambda: self.fetch(number + 1))
 
+    def follow(self, edge: Edge) -> Translation:
+        """The unit a jump leads to."""
+        return self.cache.follow(edge, lambda: self.fetch((edge.eip >> PAGE_SHIFT) + 1))
+
     def write(self, address: int, data: bytes) -> None:
         """Write to memory; code that was there is looked at again."""
         self.memory[address:address + len(data)] = data
@@ -96,7 +100,7 @@ class Guest:
                         return Stop("callout", what.eip)
                     assert isinstance(what, Edge)
                     eip = what.eip
-                    address = cache.follow(what, lambda: self.fetch((eip >> PAGE_SHIFT) + 1)).address
+                    address = self.follow(what).address
                 elif left == MISS:
                     eip = block.q[R8]
                     address = self.unit(eip, mode).address

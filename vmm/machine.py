@@ -48,7 +48,7 @@ class VirtualMachine:
         if state.monitor == "bt":
             if engine is None:
                 raise StateError("a guest of the software monitor, and no engine to translate its code")
-            from vmm.bt.processor import TranslatingProcessor       # guests of hw do not pay for it
+            from vmm.bt.processor import TranslatingProcessor  # guests of hw do not pay for it
 
             self._translating = TranslatingProcessor(cpu, block, frames, self.board, self.clock, state.cpu,
                                                      engine())

@@ -3,8 +3,8 @@
 
 A callout finds the guest's registers in the register file, EIP at the instruction.  It returns None when the
 guest goes on where EIP then points, or the exit code with which the guest has to leave; GuestFault gives the
-guest that exception, with all registers as they were.  What has no function here, and what a function declines
-(`vcpu.step()`), the silicon executes.
+guest that exception, with all registers as they were.  What has no function here, and what a function
+declines, the silicon executes (`vcpu.silicon.step()`).
 """
 
 from __future__ import annotations
@@ -157,10 +157,10 @@ def _pop(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     form = callout.form
     operand = form.entry.operands[0]
     if operand.kind != "@" or operand.size not in _SEGMENT_INDEX or form.opsize == 2:
-        return vcpu.step()
+        return vcpu.silicon.step()
     selector = read_stack(vcpu, 4) & 0xFFFF
     if not load_data_segment(vcpu, _SEGMENT_INDEX[operand.size], selector):
-        return vcpu.step()
+        return vcpu.silicon.step()
     vcpu.q[_ESP] = vcpu.q[_ESP] + 4 & MASK32
     return _done(vcpu, form)
 
@@ -188,10 +188,10 @@ def _mov(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
         elif form.addrsize == 4 and vcpu.modes.spans(form.segment):
             selector = vcpu.linear.load(effective_address(vcpu, callout), 2, vcpu.regs.cpl == 3)
         else:
-            return vcpu.step()
+            return vcpu.silicon.step()
         if load_data_segment(vcpu, _BY_NUMBER[form.reg], selector):
             return _done(vcpu, form)
-    return vcpu.step()
+    return vcpu.silicon.step()
 
 
 def _mov_control(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
@@ -207,13 +207,13 @@ def _mov_control(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     if form.opcode == 0x22 and number == 3:
         vcpu.set_cr3(q[register])
         return _done(vcpu, form)
-    return vcpu.step()
+    return vcpu.silicon.step()
 
 
 def _invlpg(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     _privileged(vcpu)
     if callout.form.addrsize == 2:
-        code = vcpu.step()
+        code = vcpu.silicon.step()
         vcpu.shadow.flush()
         return code
     vcpu.shadow.invalidate(effective_address(vcpu, callout))
@@ -233,14 +233,14 @@ def _syscall(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
 
 
 def _sysexit(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
-    return None if sysexit(vcpu) else vcpu.step()
+    return None if sysexit(vcpu) else vcpu.silicon.step()
 
 
 def _fx(move: Callable[[TranslatingProcessor, int], None]) -> Handler:
     def handler(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
         form = callout.form
         if not vcpu.modes.fpu_usable or not vcpu.modes.spans(form.segment) or form.addrsize == 2:
-            return vcpu.step(fpu=True)
+            return vcpu.silicon.step(fpu=True)
         move(vcpu, effective_address(vcpu, callout))
         return _done(vcpu, form)
     return handler
@@ -248,7 +248,7 @@ def _fx(move: Callable[[TranslatingProcessor, int], None]) -> Handler:
 
 def _iret(vcpu: TranslatingProcessor, callout: Callout) -> int | None:
     if callout.form.opsize == 2 or not far_return(vcpu, callout):
-        return vcpu.interlude()
+        return vcpu.silicon.interlude()
     if vcpu.nmi_masked:
         vcpu.nmi_served()
     return None

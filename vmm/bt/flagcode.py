@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Flags: the instructions by which a kernel reads and changes them, in line.
 
-The arithmetic flags and DF are the host's own while the guest runs; IF and the system flags (IOPL, NT, AC, ID)
-are fields of the state block, for at CPL 3, where translated code runs, the host ignores changes to them
+The arithmetic flags and DF are the host's own while the guest runs; IF and the system flags (IOPL, NT, AC,
+ID) are fields of the state block, for at CPL 3, where translated code runs, the host ignores changes to them
 without a word - the reason why the paper's classical VMM has to translate at all (section 2.3).
 
     cli     IF = 0

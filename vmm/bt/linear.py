@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guest's linear memory for its monitor, found where translated code would find it.
 
-What a view shows was found in the guest's page tables and is what a TLB may still hold; so an access to a page
-that is shown, and writable if it is written, needs no walk.  Everything else goes the general way.
+What a view shows was found in the guest's page tables and is what a TLB may still hold; so an access to a
+page that is shown, and writable if it is written, needs no walk.  Everything else goes the general way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Loads of segment registers: the common ones, from descriptors nothing is wrong with.
 
-Each function does everything or nothing: it returns False, having changed nothing, for whatever is not plainly
-allowed, and the silicon then raises the right fault, or does what is rare (APM vol. 2, 4.7 and 8.9).
+Each function does everything or nothing: it returns False, having changed nothing, for whatever is not
+plainly allowed, and the silicon then raises the right fault, or does what is rare (APM vol. 2, 4.7 and 8.9).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _DPL = 0x6000
 _LIMIT = 0x000F_0000
 #: of a whole descriptor: S with P, and the accessed bit
 _CODE_OR_DATA, _ACCESSED = 0x9000 << 32, 0x100 << 32
-#: what POPF and IRET may change at CPL 0 besides the arithmetic flags; VM, RF, VIF and VIP are left to the silicon
+#: what POPF and IRET may change at CPL 0; VM, RF, VIF and VIP are left to the silicon
 _POPPED = 0xCD5 | RFLAGS_TF | RFLAGS_IF | RFLAGS_IOPL | RFLAGS_NT | RFLAGS_AC | RFLAGS_ID
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Shadow paging: the views of a guest, and how they follow its page tables (the paper's sections 2.2 and 3.2).
+"""Shadow paging: the views of a guest, and how they follow its page tables (the paper, 2.2 and 3.2).
 
 A supervisor view and a user view are current.  The supervisor view keeps its global pages over changes of
 CR3, as a TLB does.  User views, and supervisor views of a guest without global pages, are kept one for each
@@ -47,7 +47,7 @@ _FETCH = {False: Access(fetch=True), True: Access(fetch=True, user=True)}
 
 
 def _changed(before: bytes, now: bytes, size: int) -> list[int]:
-    """Which present entries of a page of tables are others now; A and D, which we set ourselves, do not count.
+    """Which present entries of a page of tables are others now; A and D, which we set, do not count.
 
     From an absent entry nothing was derived.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Simulation of moves to and from memory: instructions that would trap again and again (the paper's adaptive BT).
+"""Simulation of moves that would trap again and again: the paper's adaptive binary translation.
 
-A move to a traced page, or to and from a device's page, costs a fault and more each time it runs as it is.  One
-that does so often is left to the monitor from then on, which carries it out with the trace in place; when it has
-stopped meeting such pages for a while it becomes itself again.
+A move to a traced page, or to and from a device's page, costs a fault and more each time it runs as it is.
+One that does so often is left to the monitor from then on, which carries it out with the trace in place; when
+it has stopped meeting such pages for a while it becomes itself again.
 """
 
 from __future__ import annotations

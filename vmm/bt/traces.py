@@ -3,8 +3,8 @@
 
 A page whose trace goes off is forgotten, and looked at again when it is executed again: so code that is
 loaded or patched costs one trap.  A page for which that happens again and again holds data beside its code;
-it becomes `mixed`: its code is private to the guest, stores to it are carried out one by one with the trace in
-place, and only units whose own bytes change die.
+it becomes `mixed`: its code is private to the guest, stores to it are carried out one by one with the trace
+in place, and only units whose own bytes change die.
 """
 
 from __future__ import annotations

@@ -76,7 +76,10 @@ class Processor:
         #: an interrupt acknowledged whose delivery had to wait for a frame
         self._accepted: int | None = None
         self._fault: Exception | None = None
-        self._armed = _NEVER
+        #: CLOCK_MONOTONIC ns of the next timed stop
+        self.armed = _NEVER
+        #: the guest was stopped for an interrupt that became ready
+        self.rose = False
         self._running = False
         self._clock_record_stale = False
         self.msrs = MsrFile(self)
@@ -142,17 +145,17 @@ class Processor:
                 if self.verdict is not None:
                     return self._leave()
                 cpu.size_tlb(now)
-                self._ask_window()
-                self._armed = min(deadline_ns, base + timers.next)
-                cpu.kicker.at(self._armed)
-                self.reenter = self._rose = False
+                self.ask_window()
+                self.armed = min(deadline_ns, base + timers.next)
+                cpu.kicker.at(self.armed)
+                self.reenter = self.rose = False
                 code = self.enter_guest()
                 if self.verdict is not None:
                     return self._leave()
                 if code == ExitCode.INTR:
-                    if self._rose:
-                        self._rose = False
-                    elif time.monotonic_ns() < self._armed:
+                    if self.rose:
+                        self.rose = False
+                    elif time.monotonic_ns() < self.armed:
                         return Stop(StopReason.KICKED)
                 elif code == VMEXIT_INVALID:
                     return Stop(StopReason.CRASHED, "the machine state is not one vmrun accepts")
@@ -168,8 +171,6 @@ class Processor:
             cpu.rest()
             cpu.forget_stop()
             self.accounting.world_switches += cpu.switches - switches
-
-    _rose = False
 
     def enter_guest(self) -> int:
         """Let the guest run until it has to leave; its exit code.  A timed stop is armed."""
@@ -192,7 +193,7 @@ class Processor:
             return bool(self.q[at.RFLAGS] & RFLAGS_IF)
         return bool(self.guest.vmcb.rflags & RFLAGS_IF)
 
-    def _ask_window(self) -> None:
+    def ask_window(self) -> None:
         wanted = self.interrupts.output or self._accepted is not None
         if self.cpu.resident is self.guest:
             self.cpu.window(wanted)
@@ -205,14 +206,14 @@ class Processor:
             return
         self.cpu.window(True)
         if self.q[at.RFLAGS] & RFLAGS_IF or self.interrupts.nmi_pending:
-            self._rose = True
+            self.rose = True
             self.cpu.stop()
 
     def rearm(self) -> None:
         """After a device access: a timer may now be due before the CPU would be stopped."""
         when = self.board.timers.next + self.clock.base_ns
-        if when < self._armed:
-            self._armed = when
+        if when < self.armed:
+            self.armed = when
             self.cpu.kicker.at(when)
 
     def take_interrupt(self) -> None:
@@ -268,7 +269,7 @@ class Processor:
         except GuestFault as fault:
             return self.give(fault)
         except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
-            return self._give_up(failure)
+            return self.give_up(failure)
         finally:
             self._times[slot] += time.perf_counter_ns() - started
 
@@ -277,10 +278,10 @@ class Processor:
         try:
             self.delivery.exception(fault.vector, fault.error_code, fault.address)
         except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
-            return self._give_up(failure)
+            return self.give_up(failure)
         return True
 
-    def _give_up(self, failure: Exception) -> bool:
+    def give_up(self, failure: Exception) -> bool:
         """The guest leaves: for a frame, or for good."""
         if isinstance(failure, OutOfFrames):
             self.verdict = Stop(StopReason.NO_FRAMES)
@@ -295,7 +296,7 @@ class Processor:
         try:
             self.delivery.software(vector)
         except (OutOfFrames, TripleFault, Unsupported, BadAddress) as failure:
-            return self._give_up(failure)
+            return self.give_up(failure)
         finally:
             self._times[_SWINT] += time.perf_counter_ns() - started
         return True
@@ -329,7 +330,7 @@ class Processor:
         """An I/O instruction must fault; the registers are back at its start."""
         fault, self._fault = self._fault, None
         assert fault is not None
-        return self.give(fault) if isinstance(fault, GuestFault) else self._give_up(fault)
+        return self.give(fault) if isinstance(fault, GuestFault) else self.give_up(fault)
 
     def mmio_read(self, gpa: int, size: int) -> int:
         """A read of a device page."""

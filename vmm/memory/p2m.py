@@ -11,8 +11,8 @@ entry is a long-mode PTE (AMD64 APM vol. 2, 5.3.3 and 15.25) whose three availab
     ballooned given back by the guest
 
 Invariant: a shared entry is never writable; a private entry lacks write permission only while the dirty
-log waits for its first write, or a trace (vmm/bt/shadow.py) for its next.  NX is never set (the silicon dereferences NULL on it, and guest page-table
-walks fetch through these entries).
+log waits for its first write, or a trace (vmm/bt/shadow.py) for its next.
+NX is never set (the silicon dereferences NULL on it, and guest page-table walks fetch through these entries).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ FIELDS: dict[str, Field] = {
     "segment_base": Field(0x018, 4, 6),      # ES CS SS DS FS GS
     "selector": Field(0x030, 4, 6),          # the same order
     "spill": Field(0x048, 4, 13),            # for the translator's passing needs
-    "direction": Field(0x07C, 4),            # the guest's DF once more, which only pushf could read from the host
+    "direction": Field(0x07C, 4),            # the guest's DF once more, for pushf
     # the guest's registers while it does not run: the low half of each, the upper half is always zero
     "rax": Field(0x080, 8), "rcx": Field(0x088, 8), "rdx": Field(0x090, 8), "rbx": Field(0x098, 8),
     "rsp": Field(0x0A0, 8), "rbp": Field(0x0A8, 8), "rsi": Field(0x0B0, 8), "rdi": Field(0x0B8, 8),

@@ -63,7 +63,7 @@ class Spender(Protocol):
 
 
 def _seam(before: int | None, entry: int | None) -> bool:
-    """Whether two neighbouring pages are in different mappings: one continues with the next frame, same right."""
+    """Whether two neighbouring pages are in different mappings: frames and rights do not go on."""
     return entry != (None if before is None else before + 2)
 
 
