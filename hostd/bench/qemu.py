@@ -23,10 +23,10 @@ def version() -> str:
     return said.splitlines()[0]
 
 
-def command(guest: Template) -> list[str]:
+def command(guest: Template, program: str = PROGRAM) -> list[str]:
     """A machine that boots the guest's files, its serial port on standard input and output."""
     initrd = ["-initrd", str(guest.initrd)] if guest.initrd else []
-    return [PROGRAM, "-accel", "tcg", "-M", "pc", "-nodefaults", "-no-reboot", "-display", "none",
+    return [program, "-accel", "tcg", "-M", "pc", "-nodefaults", "-no-reboot", "-display", "none",
             "-m", str(guest.memory >> 20), "-serial", "stdio",
             "-kernel", str(guest.kernel), *initrd, "-append", guest.append]
 
