@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The software monitor: what a callout and a hidden page fault cost it, and how long it takes to boot.
 
-Debian's i386 kernel is booted twice on one CPU, from its bzImage: by the second time its translation is there.
+Debian's i386 kernel is booted twice on one CPU, from its bzImage: the second time it is translated already.
 QEMU gets the same files; it unpacks the kernel in the guest, where we do it in the loader.
 """
 
