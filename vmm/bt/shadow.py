@@ -30,7 +30,7 @@ from vmm.bt.mode import Mode
 from vmm.bt.native.windows import runs
 from vmm.bt.traces import CodeTraces
 from vmm.bt.views import View
-from vmm.bt.walk import Table, Walker
+from vmm.bt.walk import Place, Table, Walker
 from vmm.memory.frames import FrameSource
 from vmm.memory.p2m import P2M
 from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, LOGGED, PRESENT, WRITABLE, Kind
@@ -41,6 +41,8 @@ from vmm.x86.paging import ACCESSED, DIRTY, Access
 
 #: views a guest may have, beside the current ones
 _MOST_VIEWS = 16
+#: pages mapped at once at most, and the frames in stock from which on some are used for that
+_MOST_AHEAD, _PLENTY = 16, 256
 #: a page of which more entries changed at once is no page table any more
 _FLOOD = 256
 _FETCH = {False: Access(fetch=True), True: Access(fetch=True, user=True)}
@@ -198,15 +200,44 @@ class Shadow:
         writable = place.writable and bool(entry & WRITABLE)
         if place.span > 1 and view.window.pages.get(page) is None and place.tables:
             view.large[page & -place.span] = place.span
-        view.map(page, source, (entry & FRAME_MASK) >> PAGE_SHIFT, writable)
-        shown = self._shown.get(source)
-        if shown is None:
-            self._shown[source] = [(view, page)]
-        elif (view, page) not in shown:
-            shown.append((view, page))
+        count = self._ahead(view, page, place, entry, writable) if place.span > 1 else 1
+        view.map(page, source, (entry & FRAME_MASK) >> PAGE_SHIFT, writable, count)
+        for index in range(count):
+            shown = self._shown.get(source + index)
+            if shown is None:
+                self._shown[source + index] = [(view, page + index)]
+            elif (view, page + index) not in shown:
+                shown.append((view, page + index))
         if not place.everywhere and place.tables:
-            self._depends(view, page, place.tables)
+            for index in range(count):
+                self._depends(view, page + index, place.tables)
         self.fills += 1
+
+    def _ahead(self, view: View, page: int, place: Place, entry: int, writable: bool) -> int:
+        """How many pages are to be mapped at once: more and more while a guest goes through a large page.
+
+        Those behind the first are in the P2M already, with the next frames and the same right, or come now.
+        """
+        wanted = min(2 * view.run, _MOST_AHEAD) if page == view.next else 1
+        wanted = min(wanted, place.span - page % place.span)
+        view.run, count = wanted, 1
+        leaf, pages, frames = self._leaf, view.window.pages, self._frames
+        while count < wanted:
+            source = place.page + count
+            if source >= self._p2m.pages or page + count in pages:
+                break
+            following = leaf[source]
+            if not following & PRESENT:
+                if not writable or len(frames) < _PLENTY:
+                    break
+                self._p2m.fault(source << PAGE_SHIFT, True, frames)
+                following = leaf[source]
+            if following & FRAME_MASK != (entry & FRAME_MASK) + (count << PAGE_SHIFT) or (
+                    place.writable and bool(following & WRITABLE)) != writable:
+                break
+            count += 1
+        view.next = page + count
+        return count
 
     def frame_for(self, source: int, write: bool, offset: int = 0) -> int:
         """The P2M entry of a guest-physical page, which may be read, or written, from now on."""

@@ -42,6 +42,8 @@ class View:
         self.passing: set[int] = set()
         #: first pages of large pages that something is mapped of, with their length
         self.large: dict[int, int] = {}
+        #: the page behind those mapped last, and how many that were
+        self.next, self.run = -1, 1
         self.user = False
         self.mode: Mode | None = None
         self.table: JumpTable
@@ -67,10 +69,12 @@ class View:
         block[WINDOW] = self.window.base
         block[JUMP_TABLE] = self.table.base
 
-    def map(self, page: int, source: int, frame: int, writable: bool) -> None:
-        """Show a guest-physical page."""
-        self.window.map(page, frame, 1, writable)
+    def map(self, page: int, source: int, frame: int, writable: bool, count: int = 1) -> None:
+        """Show `count` guest-physical pages, whose frames follow one another."""
+        self.window.map(page, frame, count, writable)
         self.sources[page] = source
+        for index in range(1, count):
+            self.sources[page + index] = source + index
 
     def drop(self, page: int, count: int = 1) -> None:
         """Forget `count` pages: they fault again, and jumps into them miss."""
