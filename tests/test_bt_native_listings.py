@@ -9,6 +9,7 @@ from itertools import pairwise
 import capstone
 import pytest
 
+from vmm.bt.emulated import trampolines as emulated_trampolines
 from vmm.bt.native import signals, trampolines
 from vmm.bt.native.arena import STUB_BYTES, Arena
 from vmm.bt.native.assembly import assemble, lines
@@ -18,6 +19,7 @@ _LISTINGS = {
     "wrgsbase": trampolines.listing(True),
     "arch_prctl": trampolines.listing(False),
     "handlers": signals.HANDLERS,
+    "emulated": emulated_trampolines.LISTING,
 }
 
 
