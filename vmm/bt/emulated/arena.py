@@ -6,9 +6,11 @@ Laid out as that of the host's processor: a page of trampolines, the exit stubs,
 
 from __future__ import annotations
 
-from vmm.bt.native import memory
+import ctypes
+import mmap
+
 from vmm.bt.native.arena import STUB, STUB_BYTES, STUB_LEA
-from vmm.bt.native.memory import PAGE
+from vmm.memory.pool import PAGE
 
 
 class Arena:
@@ -24,9 +26,10 @@ class Arena:
         self.size = size
         self.stub_count = stubs
         self.base = base
+        self._memory = mmap.mmap(-1, size)
         #: where the bytes are in this process
-        self.address = memory.reserve(size, memory.READ | memory.WRITE)
-        self._view = memory.view(self.address, size)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        self._view = memoryview(self._memory)
         self._view[:len(trampolines)] = trampolines
         self._view[PAGE:PAGE + stubs * STUB_BYTES] = STUB * stubs
         self.stubs = base + PAGE
@@ -54,5 +57,5 @@ class Arena:
         return bytes(self._view[offset:offset + length])
 
     def close(self) -> None:
-        """The arena may not be used any more.  Its memory stays with the processor."""
+        """Nothing is read or written any more; the memory goes with the arena and its processor."""
         self._view = memoryview(b"")
