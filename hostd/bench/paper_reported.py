@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What has been reported of these benchmarks, to be set beside what is measured.
 
-All of it as the German paper has it in chapter 5.1.1, after Adams and Agesen, *A Comparison of Software and
-Hardware Techniques for x86 Virtualization* (ASPLOS 2006): the seconds of forkwait (40,000 processes, a Pentium
-4 of 3.6 GHz), and of the nanobenchmarks which monitor is ahead in figure 8.
+All of it as the German paper has it in chapter 5.1.1, after Adams and Agesen, *A Comparison of Software
+and Hardware Techniques for x86 Virtualization* (ASPLOS 2006): the seconds of forkwait (40,000 processes, a
+Pentium 4 of 3.6 GHz), and of the nanobenchmarks which monitor is ahead in figure 8.
 """
 
 from __future__ import annotations
