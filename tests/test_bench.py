@@ -54,7 +54,7 @@ def test_jumps_of_the_programs_hit_instructions() -> None:
 
 
 def test_what_needs_no_daemon_and_no_debian_is_measured() -> None:
-    wanted = table.matching(["exit-*", "world-switch", "cpu-*"])
+    wanted = table.matching(["exit-*", "world-switch", "cpu-*", "translate"])
     results = list(table.run(LITTLE, wanted))
     assert {one.name for one in results} == wanted
     assert all(len(one.runs) == 2 for one in results)

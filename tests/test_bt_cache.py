@@ -144,6 +144,21 @@ def test_a_unit_ends_before_an_instruction_whose_second_page_is_missing(guest: G
         guest.unit(end - 2)
 
 
+def test_an_instruction_that_is_not_all_in_the_page_begins_another_unit(guest: Guest) -> None:
+    # whatever is missing of it, and whatever stands before it
+    for code in "41 B878563412", "B805000000 C7050080000078563412", "F3AA 41 E9F8EEFFFF", "41 0F84F8EEFFFF":
+        parts = [bytes.fromhex(part) for part in code.split()]
+        for missing in range(1, len(parts[-1])):
+            start = 0x2000 + missing - sum(map(len, parts))
+            put(guest, start, code)
+            last = 0x2000 + missing - len(parts[-1])
+            made = guest.unit(start)
+            assert made.eip + made.guest_bytes == last and len(made.pieces) == len(parts) - 1
+            over = guest.unit(last)
+            assert len(over.pieces) == 1 and len(over.tail) == missing
+    assert guest.cache.counters.rejected == 0
+
+
 def test_modes_are_apart(guest: Guest) -> None:
     put(guest, 0x1000, FIRST)
     modes = [Mode(), Mode(user=True), Mode(fpu=False, sse=False)]

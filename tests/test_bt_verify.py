@@ -11,7 +11,7 @@ from tests.bt_units import LAYOUT, STRINGS, all_forms, jump, unit, verdict
 from vmm.bt.native.arena import STUB_BYTES, Arena
 from vmm.bt.native.block import FIELDS
 from vmm.bt.verify import Rejected, Verifier
-from vmm.bt.verify_automaton import Unit
+from vmm.bt.verify_scan import scan
 from vmm.bt.verify_table import BLOCK_FIELDS
 
 UNITS = LAYOUT.units
@@ -254,11 +254,10 @@ def test_jumps_are_patched_to_entries_and_stubs_only() -> None:
 def test_every_form_has_the_length_the_disassembler_finds_and_stays_in_the_window() -> None:
     disassembler = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     disassembler.detail = True
-    verifier = Verifier(LAYOUT)
     known = checked = 0
     for code, memory in all_forms():
         whole = unit(code)
-        assert verifier.scan(Unit(whole)) == {0, len(code)}, code.hex()
+        assert scan(whole).starts == {0, len(code)}, code.hex()
         assert len(code) <= 15
         checked += 1
         insn = next(disassembler.disasm(code, 0), None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.bt_sandbox import Sandbox
 from tests.bt_units import LAYOUT, STRINGS, all_forms, unit
 from vmm.bt.verify import Rejected, Verifier
-from vmm.bt.verify_automaton import Unit
+from vmm.bt.verify_scan import scan
 
 _FORMS = [code for code, _ in all_forms()]
 _SPECIAL = [bytes.fromhex(text) for text in (
@@ -44,7 +44,7 @@ class Judge:
             return
         self.verifier.retract(_ENTRY, len(code))
         self.accepted += 1
-        starts = self.verifier.scan(Unit(code))
+        starts = scan(code).starts
         self._disassemble(code, starts)
         assert self.sandbox.run(code, starts, seed) == [], code.hex()
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 
-from hostd.bench import boot, exits, fleet, shares, silicon, switches, translated, wakeups
+from hostd.bench import boot, exits, fleet, shares, silicon, switches, translated, translation, wakeups
 from hostd.bench.measures import Benchmark, Measure, Result, Settings, result
 
 BENCHMARKS: tuple[Benchmark, ...] = (
     boot.BENCHMARK, exits.BENCHMARK, switches.BENCHMARK, silicon.BENCHMARK, fleet.START, fleet.FLEET,
-    shares.BENCHMARK, wakeups.BENCHMARK, translated.COSTS, translated.BOOTS,
+    shares.BENCHMARK, wakeups.BENCHMARK, translation.BENCHMARK, translated.COSTS, translated.BOOTS,
 )  # fmt: skip
 
 MEASURES: dict[str, Measure] = {

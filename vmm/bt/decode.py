@@ -84,7 +84,8 @@ class Instruction:
 
     def target(self, code: bytes | memoryview, at: int, eip: int) -> int:
         """Where its relative branch leads when it stands at `eip`: a 16-bit operand size truncates EIP."""
-        there = eip + self.length + self.immediate(code, at)
+        start = at + self.imm_at
+        there = eip + self.length + int.from_bytes(code[start:start + self.imm_size], "little", signed=True)
         return there & (0xFFFF if self.opsize == 2 else 0xFFFFFFFF)
 
 
@@ -113,6 +114,10 @@ class Decoder:
         self._nodes = 0
         #: one trie for 16-bit and one for 32-bit code; inner nodes are dicts by the next byte, leaves forms
         self._tries: tuple[dict[int, Any], dict[int, Any]] = ({}, {})
+
+    def forms(self, code32: bool) -> dict[int, Any]:
+        """The trie of 16-bit or of 32-bit code, for who walks it without `decode`."""
+        return self._tries[code32]
 
     def decode(self, code: bytes | memoryview, at: int, code32: bool) -> Instruction:
         """The instruction that starts at `code[at]`; an undefined one has an entry of kind UD.
@@ -291,4 +296,5 @@ def _address(code: bytes, at: int, modrm: int, addrsize: int, fields: dict[str, 
 
 
 #: the decoder of this process: forms do not depend on the guest
-decode = Decoder().decode
+DECODER = Decoder()
+decode = DECODER.decode

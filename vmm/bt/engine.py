@@ -18,7 +18,7 @@ from vmm.silicon.kick import Kicker
 CpuKind = Literal["native", "unicorn"]
 DEFAULT_CACHE = 32 << 20
 #: bytes of translated code to an exit stub
-_BYTES_PER_STUB = 256
+BYTES_PER_STUB = 256
 #: pages of a view's jump table
 _TABLE_PAGES = 2048
 CPUS: dict[CpuKind, Callable[[int, int], TranslationCpu]] = {"native": NativeCpu, "unicorn": EmulatedCpu}
@@ -33,7 +33,7 @@ class TranslationEngine:
     def __init__(self, pool: Pool, cpu: CpuKind = "native", cache_bytes: int = DEFAULT_CACHE,
                  kicker: Kicker | None = None) -> None:
         self.pool = pool
-        self.cpu: TranslationCpu = CPUS[cpu](cache_bytes, max(cache_bytes // _BYTES_PER_STUB, 1024))
+        self.cpu: TranslationCpu = CPUS[cpu](cache_bytes, max(cache_bytes // BYTES_PER_STUB, 1024))
         self.cache = TranslationCache(self.cpu.arena)
         self.budget = MappingBudget()
         if kicker is not None:

@@ -29,24 +29,19 @@ class Template(NamedTuple):
     emit: Callable[[Code, int], bytes | None] | None = None
 
 
-class Exit(NamedTuple):
-    """A direct jump to another unit of the same page.  Offsets count from the beginning of what it is in."""
-
-    #: the jump, its 32-bit displacement, and where it leads in the guest
-    at: int
-    site: int
-    eip: int
-    #: the branch of a conditional jump, else what follows it
-    taken: bool = False
-    #: the monitor is to execute the instruction at `eip`
-    callout: bool = False
+#: host code, its direct jumps (`vmm.bt.exits`), and how it is cut: for each part, how many bytes there are
+#: before a displacement or an immediate value
+Leaving: TypeAlias = tuple[bytes, int, bytes]
 
 
 class Ending(NamedTuple):
-    """Host code of the instruction that ends a unit, from its address and its offset in the host code."""
+    """Host code of the instruction that ends a unit, from its address and its offset in the host code.
+
+    Offsets of the jumps count from the beginning of the unit.
+    """
 
     mark: Mark
-    emit: Callable[[Code, int, int, int], tuple[bytes, tuple[Exit, ...]]]
+    emit: Callable[[Code, int, int, int], Leaving]
 
 
 #: makes the template of a form; None when the monitor has to execute the instruction

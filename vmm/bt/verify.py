@@ -20,14 +20,25 @@ whatever the translator meant:
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import mmap
+import re
+import struct
 from typing import NamedTuple
 
-from vmm.bt.verify_automaton import Node, Rejected, Unit, root
+from vmm.bt.verify_automaton import Rejected
+from vmm.bt.verify_scan import JUMPS, LENGTH, STOPS, Stems, scan
 
 __all__ = ["Layout", "Rejected", "Verifier"]
 
-_JMP_BYTES = 5
+#: what a byte of the arena is: of no unit; inside one; where one begins; where the displacement of a direct
+#: jump begins; where the jump at the end of a unit begins (but for a unit that is nothing else)
+_FREE, _INSIDE, _ENTRY, _SITE, _TRAILING = range(5)
+_TRAILING_JUMP = bytes((_TRAILING, _SITE, _INSIDE, _INSIDE, _INSIDE))
+_JMP_BYTES = len(_TRAILING_JUMP)
+_LONGEST_UNIT = 4096
+_UNIT = bytes((_ENTRY,)) + bytes((_INSIDE,)) * (_LONGEST_UNIT - 1)
+_REL32 = struct.Struct("<i")
+_rel32 = _REL32.unpack_from
 
 
 class Layout(NamedTuple):
@@ -53,106 +64,102 @@ class Verifier:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        #: addresses where an accepted unit begins
-        self.entries: set[int] = set()
-        #: addresses of the 32-bit displacements of direct jumps in accepted units
-        self.sites: set[int] = set()
-        self._begins: list[int] = []         # of all units, ascending
-        self._ends: dict[int, int] = {}      # beginning -> end
-        self._trailing: set[int] = set()     # where the `jmp rel32` at the end of a unit begins
-        self._root = root()
+        self._units, self._size, self._stubs, self._stub_bytes, stub_count = layout
+        self._stubs_size = stub_count * layout.stub_bytes
+        #: what each byte among the units is; of memory it takes what units have used of theirs
+        self._map = mmap.mmap(-1, layout.units_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._stems = Stems()
 
-    def accept(self, code: bytes, address: int) -> None:
+    def accept(self, code: bytes, address: int, cuts: bytes = b"") -> None:
         """Accept the unit `code`, which will be at `address`, or raise Rejected.
 
         It may take the place of the trailing jump of the unit before it, which then falls through into it.
+        `cuts` are a hint, which decides nothing: the lengths of the stems (`vmm.bt.verify_scan`) of its
+        parts, from the first one on.
         """
-        layout = self.layout
-        if not layout.units <= address <= layout.units + layout.units_bytes - len(code):
-            raise Rejected("unit outside the arena")
-        before, index = self._neighbours(address, len(code))
-        unit = Unit(code)
-        starts = self.scan(unit)
-        if unit.ended != len(code) and address + len(code) not in self.entries:
-            raise Rejected("runs over its end", len(code))
-        for site, target in unit.jumps:
-            if target not in starts and not self._reachable(address + target):
-                raise Rejected("jump to where no instruction is known to begin", site)
-        if before is not None:
-            self._ends[before] = address
-            self._trailing.discard(address)
-            self.sites.discard(address + 1)
-        self._begins.insert(index, address)
-        self._ends[address] = address + len(code)
-        self.entries.add(address)
-        self.sites.update([address + site for site in unit.sites])
-        if unit.ended == len(code) and unit.sites and unit.sites[-1] == len(code) - 4:
-            self._trailing.add(address + len(code) - _JMP_BYTES)
-
-    def _neighbours(self, address: int, length: int) -> tuple[int | None, int]:
-        """The unit whose trailing jump is to be replaced, if any; the place among `_begins`."""
-        begins = self._begins
-        index = bisect_left(begins, address)
-        if index < len(begins) and begins[index] < address + length:
+        length, begin, marks = len(code), address - self._units, self._map
+        if not 0 < length <= _LONGEST_UNIT or not 0 <= begin <= self._size - length:
+            raise Rejected("unit outside the arena, or of no possible length")
+        place = marks[begin:begin + length]
+        if place.strip(b"\0") and place != _TRAILING_JUMP.ljust(length, b"\0"):
             raise Rejected("over another unit")
-        if not index or self._ends[begins[index - 1]] <= address:
-            return None, index
-        before = begins[index - 1]
-        if self._ends[before] != address + _JMP_BYTES or address not in self._trailing:
-            raise Rejected("over another unit")
-        return before, index
-
-    def scan(self, unit: Unit) -> set[int]:
-        """Go over all instructions; where they begin."""
-        code, first = unit.code, self._root
-        at, end = 0, len(unit.code)
+        at, ended = 0, -1
+        sites: list[int] = []
+        targets: list[int] = []
+        stems = self._stems
+        for stem in cuts:
+            known = stems[code[at:at + stem]]
+            if known > LENGTH:
+                at += known & LENGTH
+                if at > length:
+                    break
+                if known & JUMPS:
+                    sites.append(at - 4)
+                    targets.append(at + _rel32(code, at - 4)[0])
+                if known & STOPS:
+                    ended = at
+            else:
+                at += known
         starts: set[int] = set()
-        start = starts.add
-        begin = 0
-        try:
-            while at < end:
-                begin = at
-                start(at)
-                step = first[code[at]]
-                at += 1
-                while step.__class__ is Node:    # sooner than isinstance
-                    step = step[code[at]]
-                    at += 1
-                at = at + step if isinstance(step, int) else step(unit, at)    # type: ignore[operator]
-        except IndexError:
-            raise Rejected("cut short", begin) from None
-        except Rejected as rejected:
-            raise Rejected(rejected.reason, begin) from None
-        if at != end or not code:
-            raise Rejected("cut short", begin)
-        return starts
+        if at != length:
+            rest = scan(code, at)
+            starts = rest.starts
+            sites += rest.sites
+            targets += rest.targets
+            ended = max(ended, rest.ended)
+        if ended != length and not self._is_entry(address + length):
+            raise Rejected("runs over its end", length)
+        for target in targets:
+            apart = address + target - self._stubs
+            if 0 <= apart < self._stubs_size and not apart % self._stub_bytes:
+                continue
+            there = begin + target
+            if 0 <= target < length:
+                if target and target not in starts and target not in scan(code).starts:
+                    raise Rejected("jump into an instruction", target)
+            elif not 0 <= there < self._size or marks[there] != _ENTRY:
+                raise Rejected("jump to where no instruction is known to begin", target)
+        marks[begin:begin + length] = _UNIT[:length]
+        for site in sites:
+            marks[begin + site] = _SITE
+        if ended == length > _JMP_BYTES and sites and sites[-1] == length - 4:
+            marks[begin + length - _JMP_BYTES] = _TRAILING
 
     def patch(self, site: int, target: int) -> bytes:
         """The four bytes that make the accepted jump with its displacement at `site` go to `target`."""
-        if site not in self.sites:
+        if self._mark(site) != _SITE:
             raise Rejected("no jump of an accepted unit", site)
-        if not self._reachable(target):
+        if not self._is_entry(target) and not self.layout.is_stub(target):
             raise Rejected("jump to where no instruction is known to begin", site)
-        return (target - site - 4).to_bytes(4, "little", signed=True)
+        return _REL32.pack(target - site - 4)
 
     def retract(self, address: int, length: int) -> None:
-        """The units in a range are gone.
+        """The units in a range, which begins where one does and ends where one or several end, are gone.
 
         Before a guest runs again the caller has patched the jumps to them, and has had something accepted
         where a unit before the range falls through into it.
         """
-        span = range(address, address + length)
-        begins = self._begins
-        first, last = bisect_left(begins, span.start), bisect_left(begins, span.stop)
-        for begin in begins[first:last]:
-            del self._ends[begin]
-        self.entries.difference_update(begins[first:last])
-        del begins[first:last]
-        for known in (self.sites, self._trailing):
-            if len(known) < length:
-                known.difference_update([at for at in known if at in span])
-            else:
-                known.difference_update(span)
+        if not self._is_entry(address) or self._mark(address + length) not in (_FREE, _ENTRY):
+            raise Rejected("no range of units", address)
+        begin = address - self._units
+        self._map[begin:begin + length] = bytes(length)
 
-    def _reachable(self, address: int) -> bool:
-        return address in self.entries or self.layout.is_stub(address)
+    @property
+    def entries(self) -> set[int]:
+        """Addresses where an accepted unit begins."""
+        return self._marked(_ENTRY)
+
+    @property
+    def sites(self) -> set[int]:
+        """Addresses of the 32-bit displacements of direct jumps in accepted units."""
+        return self._marked(_SITE)
+
+    def _marked(self, mark: int) -> set[int]:
+        return {self._units + found.start() for found in re.finditer(bytes([mark]), self._map)}
+
+    def _mark(self, address: int) -> int:
+        at = address - self._units
+        return self._map[at] if 0 <= at < self._size else _FREE
+
+    def _is_entry(self, address: int) -> bool:
+        return self._mark(address) == _ENTRY

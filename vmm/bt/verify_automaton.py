@@ -2,8 +2,8 @@
 """The verifier's decoder: an automaton over the bytes of an instruction.
 
 Its nodes are dicts, one look-up a byte; an entry is worked out from the allow-list when it is first needed
-(`__missing__`).  A path ends in the number of bytes left to skip (displacement, immediate operand), or in an
-action that looks at them.  Whatever has no entry and gets none is rejected.
+(`__missing__`).  A path ends in the number of bytes left to skip (displacement, immediate operand), in an
+action that looks at them, or in a `Jump`.  Whatever has no entry and gets none is rejected.
 """
 
 from __future__ import annotations
@@ -39,21 +39,18 @@ class Rejected(Exception):
         self.offset = offset
 
 
-class Unit:
-    """A unit being verified."""
+class Jump(NamedTuple):
+    """An instruction that does not simply go on to the next one."""
 
-    def __init__(self, code: bytes) -> None:
-        self.code = code
-        #: direct jumps: offset of the displacement, target as an offset
-        self.jumps: list[tuple[int, int]] = []
-        #: those with 32-bit displacements
-        self.sites: list[int] = []
-        #: where the last instruction ends behind which execution does not go on
-        self.ended = -1
+    #: bytes of its displacement; 0 if it is no direct jump
+    width: int
+    #: what follows it is not executed
+    stops: bool
 
 
-#: what to do behind an instruction's opcode and operand bytes: skip so many bytes, or check them
-Action: TypeAlias = Callable[[Unit, int], int]
+#: checks what is behind an instruction's opcode and operand bytes; where the instruction ends.  It looks at
+#: nothing behind that
+Action: TypeAlias = Callable[[bytes, int], int]
 
 
 class _Prefixes(NamedTuple):
@@ -81,12 +78,12 @@ class _Prefixes(NamedTuple):
 class _Expected:
     """What may come next in an instruction."""
 
-    def find(self, byte: int) -> _Expected | int | Action:
+    def find(self, byte: int) -> _Expected | int | Jump | Action:
         """What `byte` leads to; a number is of bytes left to skip.  Rejected when it may not come here."""
         raise NotImplementedError
 
 
-class Node(dict[int, "Node | int | Action"]):
+class Node(dict[int, "Node | int | Jump | Action"]):
     """What each byte leads to, as far as it has been asked for.
 
     Nodes that expect the same are one, so that the automaton stays small whatever a guest's code looks like.
@@ -99,9 +96,9 @@ class Node(dict[int, "Node | int | Action"]):
         self.expected = expected
         self.known = known
 
-    def __missing__(self, byte: int) -> Node | int | Action:
+    def __missing__(self, byte: int) -> Node | int | Jump | Action:
         found = self.expected.find(byte)
-        entry: Node | int | Action
+        entry: Node | int | Jump | Action
         if isinstance(found, _Expected):
             if found not in self.known:
                 self.known[found] = Node(found, self.known)
@@ -124,7 +121,7 @@ class _Start(_Expected):
     prefixes: _Prefixes
     opcodes: str
 
-    def find(self, byte: int) -> _Expected | int | Action:
+    def find(self, byte: int) -> _Expected | int | Jump | Action:
         prefixes = self.prefixes
         if not self.opcodes and not prefixes.rex:
             further = self._further(byte)
@@ -159,7 +156,7 @@ class _Start(_Expected):
             return prefixes._replace(rex=byte)
         return None
 
-    def _opcode(self, byte: int, forms: tuple[Form, ...]) -> _Expected | int | Action:
+    def _opcode(self, byte: int, forms: tuple[Form, ...]) -> _Expected | int | Jump | Action:
         prefixes, form = self.prefixes, forms[0]
         if form.kind == "operand":
             if self.opcodes or byte != 0xFF:
@@ -175,8 +172,6 @@ class _Start(_Expected):
             _require(not prefixes.rex, "REX without an operand")
         if form.kind in _JUMPS:
             return _JUMPS[form.kind]
-        if form.kind == "stop":
-            return _stop
         return form.immediate_bytes(prefixes.others)
 
 
@@ -187,7 +182,7 @@ class _Operand(_Expected):
     prefixes: _Prefixes
     forms: tuple[Form, ...]
 
-    def find(self, byte: int) -> _Expected | int | Action:
+    def find(self, byte: int) -> _Expected | int | Jump | Action:
         prefixes = self.prefixes
         mod, reg, rm = byte >> 6, byte >> 3 & 7, byte & 7
         if not self.forms:
@@ -249,7 +244,7 @@ class _Operand(_Expected):
 class _IncDecJump(_Operand):
     """Opcode FF: inc and dec as the table has them, and the one indirect jump."""
 
-    def find(self, byte: int) -> _Expected | int | Action:
+    def find(self, byte: int) -> _Expected | int | Jump | Action:
         if byte == _TABLE_JUMP[2] and self.prefixes == _Prefixes(rex=_TABLE_JUMP[0]):
             return _LastByte()
         return _Operand.find(self, byte)
@@ -259,9 +254,9 @@ class _IncDecJump(_Operand):
 class _LastByte(_Expected):
     """Expects the end of the jump through the table."""
 
-    def find(self, byte: int) -> Action:
+    def find(self, byte: int) -> Jump:
         _require(byte == _TABLE_JUMP[3], "indirect jump not through the table")
-        return _stop
+        return _STOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,44 +292,27 @@ class _WindowIndex(_Expected):
         return self.rest
 
 
-def _string(unit: Unit, at: int) -> int:
+def _string(code: bytes, at: int) -> int:
     """A whole string sequence, taken as one instruction: nothing may jump into it."""
-    match = _STRING.match(unit.code, at - 1)
+    match = _STRING.match(code, at - 1)
     if match is None:
         raise Rejected("64-bit instruction that begins no string sequence")
     return match.end()
 
 
-def _stop(unit: Unit, at: int) -> int:
-    unit.ended = at
-    return at
-
-
-def _jump(width: int, stops: bool) -> Action:
-    """A direct jump with a displacement of `width` bytes."""
-    def action(unit: Unit, at: int) -> int:
-        end = at + width
-        if end > len(unit.code):
-            raise Rejected("cut short")
-        unit.jumps.append((at, end + int.from_bytes(unit.code[at:end], "little", signed=True)))
-        if width == 4:
-            unit.sites.append(at)
-        if stops:
-            unit.ended = end
-        return end
-    return action
-
-
-_JUMPS: dict[str, Action] = {
-    "jmp8": _jump(1, True), "jmp32": _jump(4, True),
-    "jcc8": _jump(1, False), "jcc32": _jump(4, False), "counted": _jump(1, False),
+_STOP = Jump(0, True)
+_JUMPS = {
+    "stop": _STOP, "jmp8": Jump(1, True), "jmp32": Jump(4, True),
+    "jcc8": Jump(1, False), "jcc32": Jump(4, False), "counted": Jump(1, False),
 }
 
 
 def _block_access(width: int, write: bool, size: int, immediate: int) -> Action:
     """An access to the state block: the displacement decides."""
-    def action(unit: Unit, at: int) -> int:
-        offset = int.from_bytes(unit.code[at:at + width], "little", signed=True)
+    def action(code: bytes, at: int) -> int:
+        if at + width > len(code):
+            raise Rejected("cut short")
+        offset = int.from_bytes(code[at:at + width], "little", signed=True)
         for start, length, writable in BLOCK_FIELDS:
             if start <= offset and offset + size <= start + length and (writable or not write):
                 return at + width + immediate
