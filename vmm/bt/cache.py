@@ -41,6 +41,7 @@ from vmm.memory.pool import PAGE, PAGE_SHIFT
 __all__ = ["Callout", "Counters", "Edge", "Translation", "TranslationCache"]
 
 _JMP_BYTES = 5
+_CACHE_LINE = 64
 _put_rel32 = struct.Struct("<i").pack_into
 #: modes whose templates are kept
 _TRANSLATORS = 64
@@ -84,6 +85,8 @@ class TranslationCache:
         #: jump tables that may have entries for units here
         self.tables: list[JumpTable] = []
         self._translators: dict[Mode, Translator] = {}
+        #: the one used last
+        self._translator: Translator | None = None
         self._pages: dict[tuple[Mode, int, bytes], CodePage] = {}
         self._placed = Regions(arena.units, arena.units_bytes)
 
@@ -214,7 +217,9 @@ class TranslationCache:
     # -- making units ------------------------------------------------------------------------------
 
     def _translate(self, page: CodePage, offset: int, beyond: Beyond, edge: Edge | None) -> Translation:
-        translator = self._translators.get(page.mode) or self._translator(page.mode)
+        translator = self._translator
+        if translator is None or translator.mode is not page.mode:
+            translator = self._translator = self._translator_for(page.mode)
         eip = (page.number << PAGE_SHIFT) + offset
         tail = b""
         try:
@@ -238,11 +243,13 @@ class TranslationCache:
             page.units[offset] = made
         return made
 
-    def _translator(self, mode: Mode) -> Translator:
-        if len(self._translators) >= _TRANSLATORS:
-            self._translators.clear()
-        made = self._translators[mode] = Translator(mode)
-        return made
+    def _translator_for(self, mode: Mode) -> Translator:
+        found = self._translators.get(mode)
+        if found is None:
+            if len(self._translators) >= _TRANSLATORS:
+                self._translators.clear()
+            found = self._translators[mode] = Translator(mode)
+        return found
 
     def _install(self, page: CodePage, offset: int, draft: Draft, tail: bytes,
                  edge: Edge | None) -> Translation:
@@ -260,10 +267,12 @@ class TranslationCache:
         if edge is not None and self._elides(edge, length):
             address = placed.next - _JMP_BYTES
         else:
+            # a jump back makes a loop: its first unit begins a cache line, for it may be all of it
+            line = _CACHE_LINE if edge is not None and edge.eip <= edge.source.eip else 1
             edge = None
-            if placed.next + length > placed.limit:
+            if placed.next + line + length > placed.limit:
                 self._next_region()
-            address = placed.next
+            address = placed.next + line - 1 & -line
         if leaving:
             chained = self._aim(page, leaving, host, address, stub, -1 if tail else offset)
         code = bytes(host)
