@@ -25,12 +25,14 @@ _END = b"\xe6\xf4\xeb\xfe"      # out 0xf4, al; jmp to itself
 NOTHING = b""
 RDTSC = b"\x0f\x31"
 IN = b"\x66\xba\xfd\x03\xec"    # mov dx, 0x3fd; in al, dx
-#: pages of DATA from ESI on, EBX of them, are read; a change of CR3 makes the shadow forget them
+#: EBX pages of DATA are read, downwards, so that none is mapped ahead; a change of CR3 makes the shadow forget
 TOUCH_PAGES = (
-    b"\x89\xf7"                  #       mov edi, esi
     b"\x89\xd9"                  #       mov ecx, ebx
-    b"\x8b\x07"                  # page: mov eax, [edi]
-    b"\x81\xc7\x00\x10\x00\x00"  #       add edi, 0x1000
+    b"\x89\xdf"                  #       mov edi, ebx
+    b"\xc1\xe7\x0c"              #       shl edi, 12
+    b"\x01\xf7"                  #       add edi, esi
+    b"\x81\xef\x00\x10\x00\x00"  # page: sub edi, 0x1000
+    b"\x8b\x07"                  #       mov eax, [edi]
     b"\x49"                      #       dec ecx
     b"\x75\xf5"                  #       jnz page
     b"\x0f\x20\xd8"              #       mov eax, cr3
