@@ -25,7 +25,7 @@ _END = b"\xe6\xf4\xeb\xfe"      # out 0xf4, al; jmp to itself
 NOTHING = b""
 RDTSC = b"\x0f\x31"
 IN = b"\x66\xba\xfd\x03\xec"    # mov dx, 0x3fd; in al, dx
-#: EBX pages of DATA are read, downwards, so that none is mapped ahead; a change of CR3 makes the shadow forget
+#: EBX pages of DATA are read, downwards: none is mapped ahead; a change of CR3 makes the shadow forget
 TOUCH_PAGES = (
     b"\x89\xd9"                  #       mov ecx, ebx
     b"\x89\xdf"                  #       mov edi, ebx

@@ -172,6 +172,8 @@ class TranslationCache:
 
     def resume_at(self, address: int) -> int:
         """Where a guest that stands at `address` must be entered: a string instruction from its start."""
+        if self._arena.read(address - len(INTO_WINDOW), len(INTO_WINDOW)) != INTO_WINDOW:
+            return address
         found = self._placed.at(address)
         if found is None:
             return address

@@ -95,6 +95,8 @@ class Shadow:
         self.traces = CodeTraces(p2m)
         #: pages of code this guest has come upon
         self._met: set[int] = set()
+        #: the supervisor view if it keeps global pages
+        self._global: View | None = None
         #: linear pages mapped so far
         self.fills = 0
         p2m.traced.clear()
@@ -124,6 +126,8 @@ class Shadow:
             view.user = key[0]
             self._views[key] = view
         self._views.move_to_end(key)
+        if not user:
+            self._global = view if key == (False, -2) else None
         return view
 
     def _blank_view(self) -> View:
@@ -200,26 +204,30 @@ class Shadow:
         writable = place.writable and bool(entry & WRITABLE)
         if place.span > 1 and view.window.pages.get(page) is None and place.tables:
             view.large[page & -place.span] = place.span
-        count = self._ahead(view, page, place, entry, writable) if place.span > 1 else 1
+        count = 1
+        if page == view.next and place.span > 1:
+            count = self._ahead(view, page, place, entry, writable)
+        else:
+            view.next, view.run = page + 1, 1
         view.map(page, source, (entry & FRAME_MASK) >> PAGE_SHIFT, writable, count)
-        for index in range(count):
-            shown = self._shown.get(source + index)
-            if shown is None:
-                self._shown[source + index] = [(view, page + index)]
-            elif (view, page + index) not in shown:
-                shown.append((view, page + index))
-        if not place.everywhere and place.tables:
-            for index in range(count):
-                self._depends(view, page + index, place.tables)
         self.fills += 1
+        depends = not place.everywhere and place.tables
+        for index in range(page, page + count):
+            shown = self._shown.get(source)
+            if shown is None:
+                self._shown[source] = [(view, index)]
+            elif (view, index) not in shown:
+                shown.append((view, index))
+            if depends:
+                self._depends(view, index, place.tables)
+            source += 1
 
     def _ahead(self, view: View, page: int, place: Place, entry: int, writable: bool) -> int:
         """How many pages are to be mapped at once: more and more while a guest goes through a large page.
 
         Those behind the first are in the P2M already, with the next frames and the same right, or come now.
         """
-        wanted = min(2 * view.run, _MOST_AHEAD) if page == view.next else 1
-        wanted = min(wanted, place.span - page % place.span)
+        wanted = min(2 * view.run, _MOST_AHEAD, place.span - page % place.span)
         view.run, count = wanted, 1
         leaf, pages, frames = self._leaf, view.window.pages, self._frames
         while count < wanted:
@@ -251,7 +259,7 @@ class Shadow:
 
     def _depends(self, view: View, page: int, tables: tuple[Table, ...]) -> None:
         """The page was found through these tables: they are traced, unless the next CR3 drops it anyway."""
-        if view is self._views.get((False, -2)):
+        if view is self._global:
             view.passing.add(page)
             return
         for table in tables:
