@@ -8,6 +8,7 @@ instruction of the example, so that nearly all examples end.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from tests.bt_encodings import ESCAPES, MANDATORY
@@ -32,8 +33,17 @@ from vmm.x86.flags import RFLAGS_DF, RFLAGS_IF
 _ECX, _ESP, _EBP = 1, 4, 5
 _INDIRECT = (Kind.JMP_INDIRECT, Kind.CALL_INDIRECT)
 _INTEGER = (Unit.INTEGER,)
-#: kinds of instructions, and how often there is one of them
-_GROUPS: tuple[tuple[int, tuple[Kind, ...], tuple[Unit, ...]], ...] = (
+
+
+class _Group(NamedTuple):
+    """Instructions of these kinds and units, of which there is one `weight` times in a hundred."""
+
+    weight: int
+    kinds: tuple[Kind, ...]
+    units: tuple[Unit, ...]
+
+
+_GROUPS = tuple(_Group(*group) for group in (
     (40, (Kind.IDENT, Kind.INC_DEC, Kind.MOFFS, Kind.XLAT), _INTEGER),
     (3, (Kind.BIT_STRING,), _INTEGER),
     (2, (Kind.SEGMENT, Kind.SENSITIVE), _INTEGER),
@@ -44,7 +54,7 @@ _GROUPS: tuple[tuple[int, tuple[Kind, ...], tuple[Unit, ...]], ...] = (
     (10, (Kind.IDENT,), (Unit.X87,)),
     (6, (Kind.IDENT, Kind.MASKMOV), (Unit.MMX, Unit.SSE_MMX)),
     (13, (Kind.IDENT, Kind.MASKMOV), (Unit.SSE,)),
-)
+))
 _SEGMENTS = {0x26: ES, 0x2E: CS, 0x36: SS, 0x3E: DS, 0x64: FS, 0x65: GS}
 _SEAMS = range(DATA, DATA + DATA_BYTES + 1, 0x1000)
 _FX_IMAGES = 32
@@ -92,14 +102,28 @@ def _templates(kinds: tuple[Kind, ...], units: tuple[Unit, ...]) -> list[_Templa
     return found
 
 
-_WEIGHTS = [weight for weight, _, _ in _GROUPS]
-_TEMPLATES = [_templates(kinds, units) for _, kinds, units in _GROUPS]
+class Mixture(NamedTuple):
+    """Instructions in groups, and the weights of these."""
+
+    weights: list[int]
+    groups: list[list[_Template]]
+
+
+def _mixture(groups: Iterable[_Group]) -> Mixture:
+    chosen = [(weight, _templates(kinds, units)) for weight, kinds, units in groups]
+    return Mixture([weight for weight, _ in chosen], [templates for _, templates in chosen])
+
+
+EVERYTHING = _mixture(_GROUPS)
+#: on general registers only
+INTEGER = _mixture(group for group in _GROUPS if group.units == _INTEGER)
 
 
 class Generator:
     """The examples of one seed, which share their soil."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, mixture: Mixture = EVERYTHING) -> None:
+        self._mixture = mixture
         self._random = random.Random(seed)
         self._chance = self._random.random
         self.soil = soil(self._random)
@@ -119,7 +143,8 @@ class Generator:
         self._bases = self._some_bases() if chance() < 0.3 else Bases()
         self._code, self._holes = bytearray(), []
         starts: list[int] = []
-        for group in self._random.choices(_TEMPLATES, _WEIGHTS, k=pick((1, 1, 2, 3, 4, 5, 6, 8))):
+        weights, groups = self._mixture
+        for group in self._random.choices(groups, weights, k=pick((1, 1, 2, 3, 4, 5, 6, 8))):
             template = pick(group)
             if self._lead_in(template, len(starts)):
                 starts.append(len(self._code) - 5)

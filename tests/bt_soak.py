@@ -3,6 +3,7 @@
 
     python -m tests.bt_soak --examples 10000000
     python -m tests.bt_soak --seed 1234 --examples 1        # those of one seed once more
+    python -m tests.bt_soak --cpu unicorn                   # general registers only, on the emulated CPU
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests.bt_generator import INTEGER
 from tests.bt_judge import Judge, build
 from tests.bt_subject import Subject
 from tests.bt_trial import EXAMPLES, Trial
+from tests.bt_undefined import agree_where_defined
+from vmm.bt.engine import CPUS
 
 _REPORT_EVERY = 100
 
@@ -28,11 +32,15 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32),
                         help="the first; a random one if not given")
+    parser.add_argument("--cpu", choices=CPUS, default="native")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         judge = Judge(build(Path(directory)))
-    subject = Subject()
-    trial, failures, start = Trial(subject, judge), 0, time.monotonic()
+    subject = Subject(arguments.cpu)
+    trial = Trial(subject, judge)
+    if arguments.cpu != "native":
+        trial = Trial(subject, judge, INTEGER, agree_where_defined)
+    failures, start = 0, time.monotonic()
     seeds = -(-arguments.examples // EXAMPLES)
     print(f"{seeds} seeds of {EXAMPLES} examples from {arguments.seed}", flush=True)
     for number in range(seeds):

@@ -96,7 +96,7 @@ class Subject(Guest):
         """The instructions of an example that are translated: those executed, and more."""
         self._run(example)
         found = [decode(unit.guest, piece.guest_at, True)
-                 for unit in self.cache.units() for piece in unit.pieces]
+                 for unit in self.cache.units() if unit.guest for piece in unit.pieces]
         self._forget(example)
         return found
 

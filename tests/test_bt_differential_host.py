@@ -9,16 +9,18 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bt_example import CODE, DATA, DATA_BYTES, Bases, Example, State
+from tests.bt_generator import INTEGER
 from tests.bt_judge import Judge, build
 from tests.bt_subject import Subject
 from tests.bt_trial import EXAMPLES, Trial
+from tests.bt_undefined import agree_where_defined
 from tests.bt_values import fx_image, soil
 from tests.tools import needs
 from vmm.bt import emit
 
 pytestmark = needs("gcc")
-#: 100,352 examples
-SEEDS = range(196)
+#: 100,352 examples, and 5,120 on the emulated CPU
+SEEDS, EMULATED_SEEDS = range(196), range(10)
 _NAMES = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 
 
@@ -56,6 +58,19 @@ def test_examples_nobody_has_seen(trial: Trial) -> None:
     """Others every time; the report begins with the seed."""
     report = trial.run(random.SystemRandom().getrandbits(32))
     assert not report, report
+
+
+def test_on_the_emulated_cpu(judge: Judge) -> None:
+    """General registers only, and what is defined: this CPU is not the judge's."""
+    subject = Subject("unicorn")
+    trial = Trial(subject, judge, INTEGER, agree_where_defined)
+    for seed in EMULATED_SEEDS:
+        assert not (report := trial.run(seed)), report
+    subject.close()
+    judged = sum(trial.ends.values())
+    assert judged > 0.8 * len(EMULATED_SEEDS) * EXAMPLES
+    for way in ("vector 0", "vector 3", "read", "write", "fetch"):
+        assert trial.ends[way] > len(EMULATED_SEEDS), trial.ends
 
 
 @pytest.mark.parametrize(("code", "registers", "bases"), [
