@@ -2,6 +2,7 @@
 /* Programs with one result each, for a flat 32-bit guest and, with HOST defined, for the host itself. */
 
 typedef unsigned u32;
+typedef unsigned long long u64;
 typedef unsigned char u8;
 
 static u32 data[1 << 20];
@@ -129,8 +130,238 @@ static u32 collatz(u32 limit)
     return longest;
 }
 
+/* 64 bits in pairs of registers: shld, adc, mul; and the bit scans */
+static u32 wide(u32 rounds)
+{
+    u64 value = 0x0123456789abcdefull, sum = 0;
+    for (u32 i = 1; i <= rounds; i++) {
+        value ^= value << 13;
+        value ^= value >> 7;
+        value ^= value << 17;
+        sum += value * i - (sum >> 9);
+        u32 low = (u32)value, high = (u32)(value >> 32);
+        if (low)
+            sum ^= (u64)__builtin_ctz(low) << 40;
+        if (high)
+            sum -= (u32)__builtin_clz(high);
+        sum += (int)low < (int)high ? (u64)((long long)(int)low * (int)high) : (low | 1) % (high | 3);
+    }
+    return (u32)sum ^ (u32)(sum >> 32);
+}
+
+/* factorial in decimal digits, nine to a word */
+static u32 digits(u32 n)
+{
+    u32 length = 1, sum = 0;
+    data[0] = 1;
+    for (u32 i = 2; i <= n; i++) {
+        u64 carry = 0;
+        for (u32 j = 0; j < length; j++) {
+            carry += (u64)data[j] * i;
+            /* the quotient has 32 bits: the dividend is less than 2^30 * 2^32 */
+            u32 quotient, rest;
+            __asm__("divl %4" : "=a"(quotient), "=d"(rest)
+                    : "0"((u32)carry), "1"((u32)(carry >> 32)), "r"(1000000000u));
+            data[j] = rest;
+            carry = quotient;
+        }
+        if (carry)
+            data[length++] = (u32)carry;
+    }
+    for (u32 j = 0; j < length; j++)
+        for (u32 word = data[j]; word; word /= 10)
+            sum += word % 10;
+    return sum;
+}
+
+static u32 length_of(const u8 *text)
+{
+    u32 left = -1;
+    __asm__ volatile("repne scasb" : "+D"(text), "+c"(left) : "a"(0) : "memory", "cc");
+    return -left - 2;
+}
+
+static int compare(const u8 *one, const u8 *other, u32 bytes)
+{
+    int less, more;
+    /* so that no bytes are equal */
+    __asm__ volatile("cmp %%eax, %%eax\n\trepe cmpsb\n\tsetb %b3\n\tseta %b4"
+                     : "+S"(one), "+D"(other), "+c"(bytes), "=&a"(less), "=&d"(more) : : "memory", "cc");
+    return (more & 1) - (less & 1);
+}
+
+/* names are made, compared, moved up to make room, and a text of them is walked through */
+static u32 strings(u32 count)
+{
+    u8 *table = (u8 *)data, *text = table + 16 * count, *end = text;
+    u32 filled = 0, seed = 7;
+    for (; filled < count; filled++) {
+        u8 name[16];
+        void *clear = name;
+        u32 words = 4;
+        __asm__ volatile("rep stosl" : "+D"(clear), "+c"(words) : "a"(0) : "memory");
+        seed = seed * 1103515245 + 12345;
+        for (u32 i = 0; i < 3 + (seed >> 28) % 10; i++)
+            name[i] = 'a' + (u8)((seed >> i) % 26);
+        u32 at = 0;
+        while (at < filled && compare(name, table + 16 * at, 16) > 0)
+            at++;
+        u8 *from = table + 16 * filled - 1, *to = from + 16;
+        u32 bytes = 16 * (filled - at);
+        __asm__ volatile("std\n\trep movsb\n\tcld" : "+S"(from), "+D"(to), "+c"(bytes) : : "memory");
+        __builtin_memcpy(table + 16 * at, name, 16);
+    }
+    for (u32 i = 0; i < count; i++) {
+        u32 bytes = length_of(table + 16 * i) + 1;
+        const u8 *from = table + 16 * i;
+        __asm__ volatile("rep movsb" : "+S"(from), "+D"(end), "+c"(bytes) : : "memory");
+    }
+    u32 sum = (u32)(end - text);
+    while (text < end) {
+        u8 letter;
+        __asm__ volatile("lodsb" : "=a"(letter), "+S"(text) : : "memory");
+        sum = sum * 31 + letter;
+    }
+    return sum;
+}
+
+static void sort(u32 *from, u32 *to)
+{
+    while (to - from > 1) {
+        u32 middle = from[(to - from) / 2], *low = from, *high = to - 1;
+        while (low <= high) {
+            while (*low < middle)
+                low++;
+            while (*high > middle)
+                high--;
+            if (low <= high) {
+                u32 value = *low;
+                *low++ = *high;
+                *high-- = value;
+            }
+        }
+        sort(from, high + 1);
+        from = low;
+    }
+}
+
+static u32 recursion(u32 count)
+{
+    u32 seed = 1, sum = 0;
+    for (u32 i = 0; i < count; i++)
+        data[i] = seed = seed * 1664525 + 1013904223;
+    sort(data, data + count);
+    for (u32 i = 0; i < count; i++)
+        sum = sum * 33 + data[i] + (i && data[i] < data[i - 1]);
+    return sum;
+}
+
+__attribute__((noinline)) static u32 ackermann(u32 m, u32 n)
+{
+    return !m ? n + 1 : ackermann(m - 1, n ? ackermann(m, n - 1) : 1);
+}
+
+static u32 towers(u32 n)
+{
+    return ackermann(2, n) * 100 + ackermann(1, n);
+}
+
+static void *out[5];
+static volatile u32 depth, caught;
+
+__attribute__((noinline)) static void descend(u32 levels, u32 until)
+{
+    depth++;
+    if (levels == until)
+        __builtin_longjmp(out, 1);
+    descend(levels + 1, until);
+    depth += 1000;
+}
+
+/* out of ever deeper calls in one step, over all their frames */
+__attribute__((noinline)) static u32 setjmps(u32 rounds)
+{
+    static volatile u32 round;
+    depth = caught = 0;
+    for (round = 0; round < rounds; round++)
+        if (!__builtin_setjmp(out))
+            descend(0, round % 40);
+        else
+            caught += round;
+    return depth * 65537 + caught;
+}
+
+/* the x87 by itself: rounding to all precisions in all directions, integers of all sizes */
+static u32 rounding(u32 rounds)
+{
+    u32 sum = 0;
+    long double value = 1;
+    for (u32 i = 1; i <= rounds; i++) {
+        unsigned short control = (unsigned short)(0x7f | (i & 3) << 10 | (i % 3 ? (i % 3 + 1) << 8 : 0)), usual;
+        __asm__ volatile("fnstcw %0\n\tfldcw %1" : "=m"(usual) : "m"(control));
+        value = value * 1.0625L + 1.0L / i;
+        long double third = value / 3, rest = third - 0.7L / i;
+        long long whole;
+        int word;
+        short half;
+        __asm__ volatile("fistpll %0" : "=m"(whole) : "t"(third * 1e4L) : "st");
+        __asm__ volatile("fistl %0" : "=m"(word) : "t"(rest * 1e3L));
+        __asm__ volatile("fists %0" : "=m"(half) : "t"(rest));
+        __asm__ volatile("fldcw %0" : : "m"(usual));
+        if (value > 1e4L)
+            value = __builtin_sqrtl(value);
+        sum = sum * 31 + (u32)whole + (u32)(whole >> 32) + (u32)word + (unsigned short)half;
+        sum += (third > rest) + 2 * (rest < 0.5f) + 4 * ((double)third == third);
+    }
+    return sum;
+}
+
+/* functions only approximated elsewhere: results are those of the processor that computes them */
+static u32 functions(u32 rounds)
+{
+    u32 sum = 0;
+    for (u32 i = 1; i <= rounds; i++) {
+        long double x = i / 7.0L, sine, cosine, angle, power, rest;
+        __asm__("fsincos" : "=t"(cosine), "=u"(sine) : "0"(x));
+        __asm__("fpatan" : "=t"(angle) : "0"(x), "u"(sine) : "st(1)");
+        __asm__("f2xm1" : "=t"(power) : "0"(cosine));
+        __asm__("fprem" : "=t"(rest) : "0"(x), "u"(0.3L) : "cc");
+        union { long double f; u32 u[3]; } all = { sine * 3 + cosine + angle + power / 7 + rest };
+        sum = sum * 31 + (all.u[0] ^ all.u[1]);
+    }
+    return sum;
+}
+
+/* integers of all sizes in vectors, conversions, shuffles and masks */
+__attribute__((target("sse2"))) static u32 vectors(u32 rounds)
+{
+    typedef char bytes __attribute__((vector_size(16)));
+    typedef short halves __attribute__((vector_size(16)));
+    typedef int words __attribute__((vector_size(16)));
+    typedef float singles __attribute__((vector_size(16)));
+    typedef double doubles __attribute__((vector_size(16)));
+    words mix = { 0x12345678, -2, 77, 0x7fffffff };
+    singles scale = { 0.5f, 1.25f, -3.0f, 1e-3f };
+    u32 sum = 0;
+    for (u32 i = 1; i <= rounds; i++) {
+        words step = { (int)i, (int)(i * 3), -(int)i, 9 };
+        mix = mix + step ^ __builtin_ia32_pshufd((__typeof__(mix))mix, 0x39);
+        halves packed = __builtin_ia32_packssdw128(mix, step);
+        bytes capped = __builtin_ia32_paddusb128((bytes)mix, __builtin_ia32_packuswb128(packed, packed));
+        sum += (u32)__builtin_ia32_pmovmskb128((bytes)(capped > (bytes)mix));
+        mix ^= (words)__builtin_ia32_pmaddwd128(packed, (halves)capped);
+        scale = __builtin_ia32_sqrtps(scale * scale + __builtin_ia32_cvtdq2ps(step));
+        doubles wide = __builtin_ia32_cvtps2pd(scale) * (doubles){ 1.5, 1e3 };
+        mix += __builtin_ia32_cvttpd2dq(wide) + (words)(scale > (singles){ 1, 2, 3, 4 });
+        sum = sum * 31 + (u32)__builtin_ia32_movmskpd(wide - 2.0);
+    }
+    union { words w; u32 u[4]; } all = { mix };
+    return sum ^ all.u[0] ^ all.u[1] ^ all.u[2] ^ all.u[3];
+}
+
 static u32 (*const programs[])(u32) = {
     primes, fib, sieve, copy, indirect, switches, x87, sse2, collatz,
+    wide, digits, strings, recursion, towers, setjmps, rounding, vectors, functions,
 };
 
 __attribute__((used, noinline)) u32 run(u32 number, u32 argument)
