@@ -297,7 +297,8 @@ static u32 rounding(u32 rounds)
     u32 sum = 0;
     long double value = 1;
     for (u32 i = 1; i <= rounds; i++) {
-        unsigned short control = (unsigned short)(0x7f | (i & 3) << 10 | (i % 3 ? (i % 3 + 1) << 8 : 0)), usual;
+        u32 precision = i % 3 ? i % 3 + 1 : 0;
+        unsigned short control = (unsigned short)(0x7f | (i & 3) << 10 | precision << 8), usual;
         __asm__ volatile("fnstcw %0\n\tfldcw %1" : "=m"(usual) : "m"(control));
         value = value * 1.0625L + 1.0L / i;
         long double third = value / 3, rest = third - 0.7L / i;
