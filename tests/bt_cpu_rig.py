@@ -6,7 +6,7 @@ from __future__ import annotations
 from vmm.bt.cpu import TranslationCpu, Window
 from vmm.bt.emulated.cpu import EmulatedCpu
 from vmm.bt.native.block import FLAGS, R8, REGISTERS, Block
-from vmm.bt.native.cpu import NativeCpu
+from vmm.bt.native.cpu import NativeCpu, handlers
 from vmm.bt.native.trampolines import PREEMPTED
 from vmm.bt.native.windows import MappingBudget
 from vmm.memory.pool import Pool
@@ -20,6 +20,8 @@ class Rig:
     """Runs units on `cpu`."""
 
     def __init__(self, cpu: TranslationCpu) -> None:
+        # a kick that came for somebody else's guest in this process must not keep ours from entering
+        handlers().forget_kick()
         self.cpu = cpu
         self.pool = Pool(POOL_BYTES)
         self.budget = MappingBudget()
