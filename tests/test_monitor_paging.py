@@ -273,3 +273,14 @@ def test_guests_with_the_same_code_share_its_translation(rig: Rig) -> None:
     machine = run(rig, code)
     assert machine.processor.q[EBX] == 0
     assert counters.units == units and counters.shared > 0
+
+
+def test_code_that_runs_over_the_end_of_memory(rig: Rig) -> None:
+    """The last instruction in memory ends where there is none; a jump within its page leads there."""
+    end = m.MEMORY
+    setup = m.protected(b"\xe9" + word(end - 16 - (m.CODE + 5)), paging=False)
+    # jz over there; mov eax, with one byte of its immediate
+    setup.put(end - 16, b"\x31\xc0\x74\x0a".ljust(14, b"\x90") + b"\xb8\x01")
+    machine = rig.machine(setup.state, setup.writes)
+    stop = machine.go()
+    assert stop.reason is StopReason.CRASHED and stop.detail.startswith("the guest cannot go on")

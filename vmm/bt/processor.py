@@ -235,8 +235,15 @@ class TranslatingProcessor(Processor):
             self.silicon.native_ran = True
 
     def _follow(self, edge: Edge, mode: Mode) -> Translation:
-        """The unit a jump leads to."""
-        return self.cache.follow(edge, lambda: self.shadow.beyond(mode.user, edge.eip >> PAGE_SHIFT))
+        """The unit a jump leads to.  Raises as `lookup` does."""
+        try:
+            return self.cache.follow(edge, lambda: self.shadow.beyond(mode.user, edge.eip >> PAGE_SHIFT))
+        except Device:
+            raise self._no_memory(edge.eip) from None
+
+    @staticmethod
+    def _no_memory(eip: int) -> Unsupported:
+        return Unsupported(f"the guest cannot go on: it fetches code from {eip:#x}, where no memory is")
 
     def _stays(self, view: View, mode: Mode) -> bool:
         """After a callout: whether translated code goes on in this view and mode, and nothing else waits."""
@@ -259,8 +266,7 @@ class TranslatingProcessor(Processor):
             if unit is None:
                 unit = self.cache.get(page, eip, lambda: self.shadow.beyond(mode.user, number))
         except Device:
-            raise Unsupported(
-                f"the guest cannot go on: it fetches code from {eip:#x}, where no memory is") from None
+            raise self._no_memory(eip) from None
         unit.hits += 1
         return unit
 
