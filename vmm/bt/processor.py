@@ -208,6 +208,10 @@ class TranslatingProcessor(Processor):
                     traces = self.shadow.traces.count
                     if fault.vector == Vector.PF and self.faults.hidden(view, mode, fault):
                         if self.shadow.traces.count != traces:
+                            # a fault on the way is that instruction's
+                            now = cache.eip_at(fault.rip)
+                            assert now is not None
+                            eip = now
                             self.faults.mind_own_page(view, mode, fault)
                         address = cache.resume_at(fault.rip)
                         continue

@@ -154,7 +154,12 @@ class UnitFaults:
                 fault = block.fault()
                 if fault.vector != Vector.PF:
                     raise GuestFault(fault.vector, 0 if fault.vector == Vector.GP else None)
-                self._shadow.fill(mode.user, fault.address - view.window.base & MASK32, bool(fault.error & 2))
+                address = fault.address - view.window.base & MASK32
+                try:
+                    self._shadow.fill(mode.user, address, bool(fault.error & 2))
+                except Device:
+                    self._vcpu.transfer.to_registers(eip)
+                    raise Left(self._vcpu.silicon.step(fpu=True)) from None
             self._vcpu.transfer.to_registers(now)
             return
         raise AssertionError("an instruction without an end")
