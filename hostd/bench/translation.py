@@ -143,7 +143,7 @@ def _cache() -> Iterator[TranslationCache]:
 
 
 def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]:
-    """CPU time, so that other load on the host does not count, once all forms of instructions are known."""
+    """CPU time, so that other load on the host does not count.  Each run begins without any template."""
     work = corpus(max(settings.operations // _OPERATIONS, 1))
     with _cache() as cache:
         steps = plan(cache, work)

@@ -47,8 +47,12 @@ def _jcc(form: Instruction, mode: Mode) -> Ending:
     # the other way round, over a jump through the table: so what follows can still be fallen into
     around = bytes([0x70 | condition ^ 1, FAR_BYTES])
 
+    length, imm_at, wrap = form.length, form.imm_at, 0xFFFF if form.opsize == 2 else 0xFFFF_FFFF
+
     def emit(code: Code, at: int, eip: int, base: int) -> Leaving:
-        taken, following = form.target(code, at, eip), eip + form.length & 0xFFFF_FFFF
+        following = eip + length & 0xFFFF_FFFF
+        # form.target, without the call
+        taken = eip + length + int.from_bytes(code[at + imm_at:at + length], "little", signed=True) & wrap
         if (taken ^ eip | following ^ eip) <= PAGE_MASK:
             return jumps, (sites + base * per_byte + (taken & PAGE_MASK)
                            + ((following & PAGE_MASK) << BITS)), cuts

@@ -9,6 +9,8 @@ The jump that ends a unit which goes on to the next instruction is of no piece, 
 
 from __future__ import annotations
 
+from functools import cache
+
 from vmm.bt.unit import Mark, Piece
 
 _MARKS = tuple(Mark)
@@ -16,8 +18,9 @@ _NUMBERS = {mark: number << 4 for number, mark in enumerate(_MARKS)}
 _LENGTH = 15
 
 
+@cache
 def pack(mark: Mark, guest_bytes: int, host_bytes: int) -> bytes:
-    """One piece."""
+    """One piece; there are some hundreds of different ones."""
     return bytes((_NUMBERS[mark] | guest_bytes, host_bytes))
 
 

@@ -120,7 +120,7 @@ class Translator:
                 at += length
                 continue
             at += length
-            host += head + code[at - tail:at]
+            host += head + code[at - tail:at] if tail else head
             pieces += piece
             cuts += cut
         if ending is not None and at + length > size:

@@ -83,29 +83,30 @@ class Verifier:
         place = marks[begin:begin + length]
         if place.strip(b"\0") and place != _TRAILING_JUMP.ljust(length, b"\0"):
             raise Rejected("over another unit")
+        unit = bytearray(_UNIT[:length])
         at, ended = 0, -1
-        sites: list[int] = []
         targets: list[int] = []
         stems = self._stems
         for stem in cuts:
             known = stems[code[at:at + stem]]
-            if known > LENGTH:
-                at += known & LENGTH
-                if at > length:
-                    break
-                if known & JUMPS:
-                    sites.append(at - 4)
-                    targets.append(at + _rel32(code, at - 4)[0])
-                if known & STOPS:
-                    ended = at
-            else:
+            if known <= LENGTH:
                 at += known
+                continue
+            at += known & LENGTH
+            if at > length:
+                break
+            if known & JUMPS:
+                unit[at - 4] = _SITE
+                targets.append(at + _rel32(code, at - 4)[0])
+            if known & STOPS:
+                ended = at
         starts: set[int] = set()
         if at != length:
             rest = scan(code, at)
             starts = rest.starts
-            sites += rest.sites
             targets += rest.targets
+            for site in rest.sites:
+                unit[site] = _SITE
             ended = max(ended, rest.ended)
         if ended != length and not self._is_entry(address + length):
             raise Rejected("runs over its end", length)
@@ -119,11 +120,9 @@ class Verifier:
                     raise Rejected("jump into an instruction", target)
             elif not 0 <= there < self._size or marks[there] != _ENTRY:
                 raise Rejected("jump to where no instruction is known to begin", target)
-        marks[begin:begin + length] = _UNIT[:length]
-        for site in sites:
-            marks[begin + site] = _SITE
-        if ended == length > _JMP_BYTES and sites and sites[-1] == length - 4:
-            marks[begin + length - _JMP_BYTES] = _TRAILING
+        if ended == length > _JMP_BYTES and unit[length - 4] == _SITE:
+            unit[length - _JMP_BYTES] = _TRAILING
+        marks[begin:begin + length] = unit
 
     def patch(self, site: int, target: int) -> bytes:
         """The four bytes that make the accepted jump with its displacement at `site` go to `target`."""

@@ -57,9 +57,10 @@ class Arena:
     def write(self, address: int, code: bytes) -> None:
         """Put verified code at `address`, among the units.  No guest may be running."""
         offset = address - self.base
-        if not self.units <= address <= self.base + self.size - len(code):
+        end = offset + len(code)
+        if address < self.units or end > self.size:
             raise ValueError(f"{address:#x} is not among the units")
-        self._view[offset:offset + len(code)] = code
+        self._view[offset:end] = code
 
     def read(self, address: int, length: int) -> bytes:
         """Bytes of the arena."""
