@@ -38,6 +38,7 @@ from vmm.silicon.guest import EngineFault
 from vmm.silicon.kick import Kicker
 from vmm.silicon.layout import SiliconError
 from vmm.x86.faults import Vector
+from vmm.x86.flags import RFLAGS_IF, RFLAGS_ONE
 
 #: virtual addresses; what lies below the state block belongs to nobody, so that address 0 is a miss
 _BLOCK, _ARENA = 1 << 30, 1 << 32
@@ -186,6 +187,8 @@ class EmulatedCpu:
         if root.stale:
             root.stale = False
             self._engine.flush_tlb()
+        # the engine's cmpxchg8b can leave an operand where the flags are: with IF clear no kick would come
+        self._q[at.RFLAGS] = RFLAGS_IF | RFLAGS_ONE
         self._block = block
         self._shared[_GIVEN] = block.view[_GIVEN]
         fx = bytes(block.fx)
