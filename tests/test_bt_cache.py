@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.bt_guest import FLAT, Guest, PageFault, Stop
-from vmm.bt import emit
+from vmm.bt import cache, emit
 from vmm.bt.cache import Callout, Edge
 from vmm.bt.mode import Mode
 from vmm.bt.native.trampolines import FAULT, PREEMPTED
@@ -192,6 +192,16 @@ def test_code_that_is_written_all_the_time(guest: Guest) -> None:
     assert guest.cache.counters.units == 2 * 3000
     while guest.code:
         guest.cache.forget(guest.code.popitem()[1])
+
+
+def test_pages_of_code_that_is_rewritten_are_bounded(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_MOST_PAGES", 8)
+    guest.registers = [0] * 8
+    for value in range(60):
+        put(guest, 0x1000, f"B8{value.to_bytes(4, 'little').hex()} E9F60E0000")
+        assert guest.run(0x1000) == Stop("callout", DONE)
+        assert guest.registers[0] == value and len(guest.cache._pages) <= 8
+    assert guest.cache.counters.evicted > 60
 
 
 def test_a_private_page_keeps_what_did_not_change(guest: Guest) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeAlias
 
 from vmm.bt import shape
@@ -45,8 +46,8 @@ _CACHE_LINE = 64
 _put_rel32 = struct.Struct("<i").pack_into
 #: modes whose templates are kept
 _TRANSLATORS = 64
-#: pages known without a unit before they are looked through
-_MOST_PAGES = 16384
+#: pages known at once: each keeps 4 KiB of guest code, and a guest that rewrites its code makes new ones
+_MOST_PAGES = 8192
 
 #: how the page behind the one in question begins; whatever it raises goes to the caller
 Beyond: TypeAlias = Callable[[], bytes]
@@ -106,10 +107,16 @@ class TranslationCache:
         found = self._pages.get(key)
         if found is None:
             if len(self._pages) >= _MOST_PAGES:
-                self._pages = {key: page for key, page in self._pages.items() if page.units}
+                self._forget_oldest(_MOST_PAGES // 4)
             found = self._pages[key] = CodePage(mode, number, code)
             self.counters.pages += 1
         return found
+
+    def _forget_oldest(self, count: int) -> None:
+        """The pages known longest, and their units, make room; whoever executes one goes on with it alone."""
+        oldest = list(islice(self._pages, count))
+        self.counters.evicted += self._kill(
+            [unit for key in oldest for unit in self._pages.pop(key).all_units()])
 
     def find(self, page: CodePage, eip: int, beyond: Beyond) -> Translation | None:
         """The unit that begins at `eip`, if there is one."""

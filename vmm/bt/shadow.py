@@ -97,8 +97,6 @@ class Shadow:
         self._met: set[int] = set()
         #: the supervisor view if it keeps global pages
         self._global: View | None = None
-        #: linear pages mapped so far
-        self.fills = 0
         p2m.traced.clear()
         p2m.on_trace = self._trace_went_off
         p2m.on_remap = self._remapped
@@ -210,7 +208,6 @@ class Shadow:
         else:
             view.next, view.run = page + 1, 1
         view.map(page, source, (entry & FRAME_MASK) >> PAGE_SHIFT, writable, count)
-        self.fills += 1
         depends = not place.everywhere and place.tables
         for index in range(page, page + count):
             shown = self._shown.get(source)
