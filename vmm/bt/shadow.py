@@ -3,15 +3,12 @@
 
 A supervisor view and a user view are current.  The supervisor view keeps its global pages over changes of
 CR3, as a TLB does.  User views, and supervisor views of a guest without global pages, are kept one for each
-CR3, so that coming back costs nothing; for that the page tables they were filled from are traced:
+CR3, so that coming back costs nothing; for that the page tables they were filled from are traced
+(`vmm.bt.tables`).
 
-    traced       write-protected in the P2M; a write sets the trace off, and the page becomes
-    out of sync  writable, with a copy of what it was; at the next change of CR3 it is compared, changed
-                 entries are dropped from all views, and it is traced again
-
-Pages with code that is executed are traced, too; when such a trace goes off the code there is looked at
-anew before it is entered again.  Everybody's writes go through the P2M, so there are none that it misses:
-those of translated code, of the emulated silicon, and of the monitor and its devices.
+Pages with code that is executed are traced, too (`vmm.bt.traces`); when such a trace goes off the code there
+is looked at anew before it is entered again.  Everybody's writes go through the P2M, so there are none that it
+misses: those of translated code, of the emulated silicon, and of the monitor and its devices.
 
 Invariants: a page in `p2m.traced` is writable in no view; a view without its CR3 being current shows nothing
 but what its tables, as far as they are in sync, say.
@@ -22,12 +19,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-import numpy as np
-
 from vmm.bt.cache import TranslationCache
 from vmm.bt.codepage import TAIL_BYTES, CodePage
 from vmm.bt.mode import Mode
-from vmm.bt.native.windows import runs
+from vmm.bt.tables import TracedTables
 from vmm.bt.traces import CodeTraces
 from vmm.bt.views import View
 from vmm.bt.walk import Place, Table, Walker
@@ -37,27 +32,13 @@ from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, LOGGED, PRESEN
 from vmm.memory.pool import PAGE, PAGE_SHIFT
 from vmm.silicon import layout as at
 from vmm.x86.flags import CR0_PG, CR4_PGE
-from vmm.x86.paging import ACCESSED, DIRTY, Access
+from vmm.x86.paging import Access
 
 #: views a guest may have, beside the current ones
 _MOST_VIEWS = 16
 #: pages mapped at once at most, and the frames in stock from which on some are used for that
 _MOST_AHEAD, _PLENTY = 16, 256
-#: a page of which more entries changed at once is no page table any more
-_FLOOD = 256
 _FETCH = {False: Access(fetch=True), True: Access(fetch=True, user=True)}
-
-
-def _changed(before: bytes, now: bytes, size: int) -> list[int]:
-    """Which present entries of a page of tables are others now; A and D, which we set, do not count.
-
-    From an absent entry nothing was derived.
-    """
-    kind = np.dtype(np.uint32 if size == 4 else np.uint64)
-    one, marks = kind.type(1), kind.type(ACCESSED | DIRTY)
-    old, new = np.frombuffer(before, kind), np.frombuffer(now, kind)
-    other = (old ^ new) & ~(new & marks)
-    return [int(index) for index in np.flatnonzero((old & one).astype(bool) & (other != 0))]
 
 
 class Device(Exception):
@@ -88,10 +69,7 @@ class Shadow:
         self._spare: list[View] = []
         #: guest-physical page -> where it may be mapped; entries that are not true any more are skipped
         self._shown: dict[int, list[tuple[View, int]]] = {}
-        #: traced page tables: page -> what its entries are about, in which views
-        self._tables: dict[int, dict[tuple[View, int], Table]] = {}
-        #: tables out of sync: page -> what it was
-        self._unsynced: dict[int, bytes] = {}
+        self.tables = TracedTables(self.page_bytes, self._trace)
         self.traces = CodeTraces(p2m)
         #: pages of code this guest has come upon
         self._met: set[int] = set()
@@ -146,9 +124,7 @@ class Shadow:
 
     def _disown(self, view: View) -> None:
         view.clear()
-        for page, users in list(self._tables.items()):
-            for key in [key for key in users if key[0] is view]:
-                self._release_table(page, key)
+        self.tables.disown(view)
 
     def views(self) -> list[View]:
         """All there are."""
@@ -162,7 +138,7 @@ class Shadow:
 
     def set_cr3(self) -> None:
         """CR3 was written, perhaps with the value it had."""
-        self._sync()
+        self.tables.sync()
         if self._q[at.CR + 4] & CR4_PGE:
             self.supervisor.flush_passing()
         self.supervisor, self.user = self._current(False), self._current(True)
@@ -177,8 +153,7 @@ class Shadow:
         """Everything that was derived from page tables goes: CR0 or CR4 changed what they mean."""
         for view in self._views.values():
             view.clear()
-        self._tables.clear()
-        self._unsynced.clear()
+        self.tables.clear()
         self._shown.clear()
         self._version = self._p2m.version
         self.supervisor, self.user = self._current(False), self._current(True)
@@ -259,20 +234,7 @@ class Shadow:
         if view is self._global:
             view.passing.add(page)
             return
-        for table in tables:
-            users = self._tables.get(table.page)
-            if users is None:
-                users = self._tables[table.page] = {}
-                if table.page not in self._unsynced:
-                    self._trace(table.page)
-            users.setdefault((view, table.first), table)
-            before = self._unsynced.get(table.page)
-            if before is not None:
-                # what is derived from it from now on is derived from what it is now
-                now = self.page_bytes(table.page)
-                if now != before:
-                    self.compare(table.page, before)
-                    self._unsynced[table.page] = now
+        self.tables.depends(view, tables)
 
     # -- code --------------------------------------------------------------------------------------
 
@@ -344,8 +306,7 @@ class Shadow:
 
     def _trace_went_off(self, source: int) -> None:
         """A traced page is about to be written."""
-        if source in self._tables:
-            self._unsynced[source] = self.page_bytes(source)
+        self.tables.went_off(source)
         watched = self.traces.went_off(source)
         for view, number in watched:
             view.drop_code(number)
@@ -380,11 +341,11 @@ class Shadow:
             return False
         if self._p2m.logging:
             self._leaf[source] = entry | LOGGED
-        before = self.page_bytes(source) if source in self._tables else b""
+        before = self.page_bytes(source) if source in self.tables else b""
         place = (entry & FRAME_MASK) + offset
         self._p2m.pool.view[place:place + len(data)] = data
         if before:
-            self.compare(source, before)
+            self.tables.compare(source, before)
         if mixed:
             self.stored(source)
         return True
@@ -397,7 +358,7 @@ class Shadow:
         page = address >> PAGE_SHIFT
         source = view.sources[page]
         entry = self._leaf[source]
-        if entry & KIND_MASK != Kind.PRIVATE << KIND_SHIFT or source in self._tables:
+        if entry & KIND_MASK != Kind.PRIVATE << KIND_SHIFT or source in self.tables:
             return None
         if self._p2m.logging:
             self._leaf[source] = entry | LOGGED
@@ -430,49 +391,6 @@ class Shadow:
     def frame_number(self, source: int) -> int:
         """The frame of a guest-physical page that has one."""
         return (self._leaf[source] & FRAME_MASK) >> PAGE_SHIFT
-
-    # -- page tables -------------------------------------------------------------------------------
-
-    def _sync(self) -> None:
-        """Compare the tables that were written with what they were, and trace them again."""
-        if not self._unsynced:
-            return
-        unsynced, self._unsynced = self._unsynced, {}
-        for page, before in unsynced.items():
-            if page in self._tables:
-                self.compare(page, before)
-            if page in self._tables:
-                self._trace(page)
-
-    def compare(self, page: int, before: bytes) -> None:
-        """Drop from all views what depends on the entries that changed in a page of tables."""
-        users = self._tables[page]
-        now = self.page_bytes(page)
-        if now == before:
-            return
-        for size in {table.size for table in users.values()}:
-            changed = _changed(before, now, size)
-            for key, table in [item for item in users.items() if item[1].size == size]:
-                if len(changed) > _FLOOD:
-                    self._release_table(page, key)
-                else:
-                    self._drop_entries(key[0], table, changed)
-
-    def _drop_entries(self, view: View, table: Table, changed: list[int]) -> None:
-        if not table.span:              # directory pointers: each is about a gigabyte
-            for _ in changed:
-                view.drop(0, 1 << 20)
-            return
-        for first, count in runs(changed):
-            view.drop(table.first + first * table.span, count * table.span)
-
-    def _release_table(self, page: int, key: tuple[View, int]) -> None:
-        """The page is no table of a view any more; what was found through it is forgotten."""
-        view, table = key[0], self._tables[page].pop(key)
-        if not self._tables[page]:
-            del self._tables[page]
-        entries = PAGE // table.size
-        view.drop(table.first if table.span else 0, entries * table.span if table.span else 1 << 20)
 
     def _drop_entry(self, view: View, page: int) -> None:
         for span in (512, 1024):
