@@ -7,8 +7,8 @@ CR3, so that coming back costs nothing; for that the page tables they were fille
 (`vmm.bt.tables`).
 
 Pages with code that is executed are traced, too (`vmm.bt.traces`); when such a trace goes off the code there
-is looked at anew before it is entered again.  Everybody's writes go through the P2M, so there are none that it
-misses: those of translated code, of the emulated silicon, and of the monitor and its devices.
+is looked at anew before it is entered again.  Everybody's writes go through the P2M, so there are none that
+it misses: those of translated code, of the emulated silicon, and of the monitor and its devices.
 
 Invariants: a page in `p2m.traced` is writable in no view; a view without its CR3 being current shows nothing
 but what its tables, as far as they are in sync, say.
