@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from vmm.bt.cache import Callout, Edge, Translation, TranslationCache
 from vmm.bt.codepage import CodePage
+from vmm.bt.cpu import TranslationCpu
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import R8, REGISTERS, RIP
 from vmm.bt.native.cpu import NativeCpu
-from vmm.bt.native.jumptable import JumpTable
 from vmm.bt.native.trampolines import FAULT, MISS, PREEMPTED
-from vmm.bt.native.windows import MappingBudget, Window
+from vmm.bt.native.windows import MappingBudget
 from vmm.bt.unit import Mark
 from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
 
@@ -36,11 +37,14 @@ class Stop(NamedTuple):
 class Guest:
     """One vCPU; its memory is the pool, from linear address 0."""
 
+    #: makes the CPU it runs on, from the bytes of its arena and the number of stubs
+    new_cpu: Callable[[int, int], TranslationCpu] = NativeCpu
+
     def __init__(self, memory: int = 4 << 20, arena: int = 2 << 20, stubs: int = 16384) -> None:
-        self.cpu = NativeCpu(arena, stubs)
+        self.cpu = type(self).new_cpu(arena, stubs)
         self.pool = Pool(memory)
-        self.window = Window(self.pool, MappingBudget())
-        self.table = JumpTable()
+        self.window = self.cpu.new_window(self.pool, MappingBudget())
+        self.table = self.cpu.new_table()
         self.cache = TranslationCache(self.cpu.arena)
         self.cache.tables.append(self.table)
         self.code: dict[tuple[Mode, int], CodePage] = {}

@@ -22,36 +22,17 @@ from tests.test_bt_differential import (
     states,
 )
 from tests.test_bt_programs import BASE, MEMORY, PROGRAMS, Built, build, run
-from vmm.bt.cache import TranslationCache
-from vmm.bt.codepage import CodePage
 from vmm.bt.decode import decode
 from vmm.bt.emulated.cpu import EmulatedCpu
-from vmm.bt.mode import Mode
 from vmm.bt.native.block import LIVE_FLAGS
-from vmm.bt.native.windows import MappingBudget
 from vmm.bt.table import Kind, Unit
-from vmm.memory.pool import PAGE_SHIFT, Pool
 from vmm.x86.flags import RFLAGS_CF, RFLAGS_OF
 
 
 class EmulatedGuest(Guest):
     """A guest on the emulated CPU."""
 
-    def __init__(self, memory: int = 4 << 20, arena: int = 2 << 20, stubs: int = 16384) -> None:
-        self.cpu = EmulatedCpu(arena, stubs)
-        self.pool = Pool(memory)
-        self.window = self.cpu.new_window(self.pool, MappingBudget())
-        self.table = self.cpu.new_table()
-        self.cache = TranslationCache(self.cpu.arena)
-        self.cache.tables.append(self.table)
-        self.code: dict[tuple[Mode, int], CodePage] = {}
-        self.block = self.cpu.new_block()
-        self.block.set("window", self.window.base)
-        self.block.set("jump_table", self.table.base)
-        self.pages = memory >> PAGE_SHIFT
-        self.window.map(0, 0, self.pages, writable=True)
-        self.memory = self.pool.view
-        self.cpu.prepare()
+    new_cpu = EmulatedCpu
 
 
 class Runner(Both):

@@ -20,7 +20,7 @@ from vmm.bt import emit
 
 pytestmark = needs("gcc")
 #: 100,352 examples, and 5,120 on the emulated CPU
-SEEDS, EMULATED_SEEDS = range(196), range(10)
+SEEDS, EMULATED_SEEDS = range(196), range(20)
 _NAMES = ("eax", "ecx", "edx", "ebx", "esp", "ebp", "esi", "edi")
 
 
