@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from tests.virtio_rig import Pages, Ram
 from vmm.devices.board import Board
 
 MS = 1_000_000
@@ -12,6 +13,7 @@ TSC_PER_NS = 2
 #: 2026-11-23 15:30:00 UTC, a Monday
 WALL = 1_795_447_800
 MEMORY = 128 << 20
+RAM = 256 << 10
 
 
 class Rig:
@@ -23,11 +25,15 @@ class Rig:
         self.resets = 0
         self.poweroffs = 0
         self.exits: list[int] = []
+        #: what devices see of the memory
+        self.ram = Ram(RAM)
+        self.pages = Pages(MEMORY >> 12)
         self.board = Board(
             now=lambda: self.now, wall=lambda: WALL + self.now / SECOND,
             read_tsc=lambda: self.now * TSC_PER_NS, tsc_to_ns=lambda tsc: -(-tsc // TSC_PER_NS),
             console_sink=self.console.extend, on_reset=self._reset, on_poweroff=self._power_off,
-            on_debug_exit=self.exits.append, memory_bytes=MEMORY)
+            on_debug_exit=self.exits.append, memory_bytes=MEMORY, ram=self.ram, sink=self.pages,
+            entropy=lambda count: bytes(index & 0xFF for index in range(count)))
         self.interrupts = self.board.interrupts
         self.lapic = self.board.lapic
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING
 from vmm.clock import GuestClock
 from vmm.devices.board import Board
 from vmm.devices.timers import NEVER
+from vmm.devices.virtio.balloon import Balloon
 from vmm.hw.processor import Processor
 from vmm.memory.block import VmBlock
+from vmm.memory.dma import DeviceMemory, GivenBack
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import FrameSource
 from vmm.monitor import Stop, StopReason
@@ -39,7 +42,8 @@ class VirtualMachine:
         self.frames = frames
         self.clock = GuestClock(tsc_khz, tsc.read, state.time_ns, state.cpu.tsc)
         self.board = Board(self.clock.now, time.time, self.clock.tsc, self.clock.tsc_to_ns, console,
-                           self._on_reset, self._on_poweroff, self._on_debug_exit, state.memory_bytes)
+                           self._on_reset, self._on_poweroff, self._on_debug_exit, state.memory_bytes,
+                           DeviceMemory(block.p2m, frames), GivenBack(block.p2m), os.urandom)
         if state.devices:
             self.board.load(state.devices)
         self.monitor = state.monitor
@@ -75,8 +79,14 @@ class VirtualMachine:
         return None if deadline >= NEVER else self.clock.host_ns(deadline)
 
     def wake_pending(self) -> bool:
-        """Whether a halted guest would wake now (HLT with IF clear waits for an NMI alone)."""
-        return self.processor.wakes()
+        """Whether a halted guest would wake now (HLT with IF clear waits for an NMI alone), or has to be run
+        because a device of it waits to be served."""
+        return self.board.virtio.waiting or self.processor.wakes()
+
+    @property
+    def balloon(self) -> Balloon:
+        """What takes memory from the guest and gives it back."""
+        return self.board.balloon
 
     @property
     def halted(self) -> bool:

@@ -90,6 +90,9 @@ class TranslatingProcessor(Processor):
         self.settle()
         self.translated.prepare()
         while True:
+            if self.virtio.waiting:
+                self.rose = True
+                return int(ExitCode.INTR)
             mode = self.modes.now()
             if mode is None:
                 code = self.silicon.interlude()
@@ -251,7 +254,7 @@ class TranslatingProcessor(Processor):
 
     def _stays(self, view: View, mode: Mode) -> bool:
         """After a callout: whether translated code goes on in this view and mode, and nothing else waits."""
-        if self.interrupts.nmi_pending and not self.nmi_masked:
+        if (self.interrupts.nmi_pending and not self.nmi_masked) or self.virtio.waiting:
             self.rose = True
             return False
         return (self.modes.now() is mode and self.shadow.view(mode.user) is view and view.mode is mode
@@ -349,6 +352,11 @@ class TranslatingProcessor(Processor):
         """An interrupt became ready: translated code looks for it between units."""
         if self.silicon.in_interlude or self.silicon.stepping:
             super()._output_rose()
+
+    def _device_waits(self) -> None:
+        """A device is to be served: translated code looks for that, too, between units."""
+        if self.silicon.in_interlude:
+            super()._device_waits()
 
     # -- state -------------------------------------------------------------------------------------
 

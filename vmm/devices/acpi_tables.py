@@ -10,6 +10,8 @@ import struct
 
 from vmm.devices import acpi_pm, aml, ioapic, lapic_registers, mp_table
 from vmm.devices.rtc import CENTURY
+from vmm.devices.virtio import bank
+from vmm.devices.virtio.mmio import WINDOW_BYTES
 
 TABLES_BASE = 0xE0000
 SCI_INTERRUPT = 9
@@ -120,7 +122,7 @@ def _madt() -> bytes:
 
 
 def _dsdt() -> bytes:
-    """\\_S5 and the legacy devices with interrupts."""
+    """\\_S5, the legacy devices with interrupts, and the virtio devices."""
     s5 = aml.integer(acpi_pm.S5_TYPE)
     return b"".join((
         aml.name(b"_S5_", aml.package(s5, s5, aml.integer(0), aml.integer(0))),
@@ -137,5 +139,17 @@ def _dsdt() -> bytes:
                 aml.name(b"_HID", aml.eisa_id("PNP0B00")),
                 aml.name(b"_CRS", aml.resources(aml.io(0x70, 2), aml.irq(8))),
             ),
+            *(_virtio(number, place) for number, place in enumerate(bank.PLACES)),
         ),
     ))
+
+
+def _virtio(number: int, place: bank.Place) -> bytes:
+    """A virtio-mmio device, by the identifier that kernels look for."""
+    window, interrupt = aml.memory(place.base, WINDOW_BYTES), aml.interrupt(place.interrupt)
+    return aml.device(
+        b"VIR%d" % number,
+        aml.name(b"_HID", aml.string("LNRO0005")),
+        aml.name(b"_UID", aml.integer(number)),
+        aml.name(b"_CRS", aml.resources(window, interrupt)),
+    )

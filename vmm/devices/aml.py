@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import struct
 
-ZERO_OP, NAME_OP, BYTE_PREFIX, DWORD_PREFIX = b"\x00", b"\x08", b"\x0a", b"\x0c"
+ZERO_OP, NAME_OP, BYTE_PREFIX, DWORD_PREFIX, STRING_PREFIX = b"\x00", b"\x08", b"\x0a", b"\x0c", b"\x0d"
 SCOPE_OP, BUFFER_OP, PACKAGE_OP, DEVICE_OP = b"\x10", b"\x11", b"\x12", b"\x5b\x82"
 
 
@@ -22,6 +22,11 @@ def integer(value: int) -> bytes:
     if value == 0:
         return ZERO_OP
     return BYTE_PREFIX + bytes([value]) if value < 0x100 else DWORD_PREFIX + struct.pack("<I", value)
+
+
+def string(text: str) -> bytes:
+    """A constant of ASCII characters."""
+    return STRING_PREFIX + text.encode("ascii") + b"\0"
 
 
 def name(segment: bytes, value: bytes) -> bytes:
@@ -66,3 +71,13 @@ def io(base: int, length: int) -> bytes:
 def irq(line: int) -> bytes:
     """IRQNoFlags () {line}: edge-triggered, active high."""
     return struct.pack("<BH", 0x22, 1 << line)
+
+
+def memory(base: int, length: int) -> bytes:
+    """Memory32Fixed (ReadWrite, base, length)."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, length)
+
+
+def interrupt(line: int) -> bytes:
+    """Interrupt (ResourceConsumer, Level, ActiveHigh, Exclusive) {line}."""
+    return struct.pack("<BHBBI", 0x89, 6, 1, 1, line)

@@ -22,18 +22,27 @@ from vmm.devices.rtc import Rtc
 from vmm.devices.saved import Stateful, part
 from vmm.devices.timers import Timers
 from vmm.devices.uart16550 import Uart16550
+from vmm.devices.virtio import bank
+from vmm.devices.virtio.balloon import Balloon, PageSink
+from vmm.devices.virtio.bank import Bank, DeviceRam
+from vmm.devices.virtio.mmio import WINDOW_BYTES
+from vmm.devices.virtio.rng import Rng
+from vmm.memory.pool import PAGE
 
 PIT_INTERRUPT, KEYBOARD_INTERRUPT, COM1_INTERRUPT, RTC_INTERRUPT = 0, 1, 4, 8
 
 
 class Board:
     """The devices.  Time comes in through `now` (guest ns), `wall` (UTC seconds) and the guest's TSC; what
-    leaves the machine goes out through the callbacks."""
+    leaves the machine goes out through the callbacks.  `ram` is the guest's memory for those devices that
+    reach into it, `sink` takes the pages it gives back, and `entropy` gives as many random bytes as are asked
+    for."""
 
     def __init__(self, now: Callable[[], int], wall: Callable[[], float], read_tsc: Callable[[], int],
                  tsc_to_ns: Callable[[int], int], console_sink: Callable[[bytes], None],
                  on_reset: Callable[[], None], on_poweroff: Callable[[], None],
-                 on_debug_exit: Callable[[int], None], memory_bytes: int) -> None:
+                 on_debug_exit: Callable[[int], None], memory_bytes: int, ram: DeviceRam, sink: PageSink,
+                 entropy: Callable[[int], bytes]) -> None:
         self.timers = Timers(now)
         self.interrupts = InterruptSystem(self.timers, read_tsc, tsc_to_ns)
         self.lapic = self.interrupts.lapic
@@ -51,12 +60,18 @@ class Board:
         self.test_bytes = PortMemory()
         test_lines = LinePorts([None if irq == CASCADE else line(irq) for irq in range(PINS)])
 
+        self.virtio = Bank(ram)
+        attention = self.virtio.attention
+        self.balloon = Balloon(ram, sink, memory_bytes // PAGE, now, line(bank.BALLOON.interrupt), attention)
+        self.rng = Rng(ram, entropy, self.timers, line(bank.RNG.interrupt), attention)
+        self.virtio.devices = {bank.BALLOON.name: self.balloon, bank.RNG.name: self.rng}
+
         #: what `save` and `load` cover; the interrupt controllers first, since they hold the lines' levels
         self._saved: dict[str, Stateful] = {
             "interrupts": self.interrupts, "pit": self.pit, "port61": self.port61, "rtc": self.rtc,
             "uart": self.uart, "i8042": self.i8042, "port92": self.port92, "acpi": self.acpi,
             "reset_control": self.reset_control, "fw_cfg": self.fw_cfg, "test_memory": self.test_memory,
-            "test_bytes": self.test_bytes,
+            "test_bytes": self.test_bytes, "virtio": self.virtio,
         }
 
         self.ports: Bus = PortBus()
@@ -88,6 +103,8 @@ class Board:
         self.mmio = Bus()
         self.mmio.attach(ioapic.MMIO_BASE, ioapic.MMIO_LENGTH, self.interrupts.ioapic, "ioapic")
         self.mmio.attach(lapic_registers.MMIO_BASE, lapic_registers.MMIO_LENGTH, self.lapic, "lapic")
+        for place in bank.PLACES:
+            self.mmio.attach(place.base, WINDOW_BYTES, self.virtio.devices[place.name], place.name)
         self.lapic.moved = self._move_lapic
 
     def save(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import struct
 
 from vmm.devices import ioapic, lapic_registers
+from vmm.devices.virtio import bank
 
 POINTER_BASE = 0xF0000
 CONFIGURATION_BASE = POINTER_BASE + 16
@@ -16,8 +17,8 @@ SPECIFICATION = 4
 PROCESSOR, BUS, IO_APIC, IO_INTERRUPT, LOCAL_INTERRUPT = range(5)
 INTERRUPT, NMI, EXTINT = 0, 1, 3
 ISA_BUS = 0
-#: the SCI is active high, level-triggered; the others conform to the bus
-FLAGS = {9: 0b1101}
+#: the SCI and the virtio devices are active high, level-triggered; the others conform to the bus
+FLAGS = dict.fromkeys((9, *(place.interrupt for place in bank.PLACES)), 0b1101)
 #: CPU signature and features; informative, kernels ask CPUID
 SIGNATURE, FEATURES = 0x0080_0F12, 0x0000_0201
 

@@ -61,6 +61,7 @@ class Processor:
         self.board = board
         self.interrupts = board.interrupts
         self.lapic = board.lapic
+        self.virtio = board.virtio
         self.clock = clock
         self.memory = GuestMemory(block.p2m, frames)
         self.linear = Linear(self.q, self.memory)
@@ -88,6 +89,7 @@ class Processor:
         self._control()
         self._load(state)
         board.interrupts.on_output = self._output_rose
+        board.virtio.on_waiting = self._device_waits
         self.port_in, self.port_out = port_handlers(self, block.exit_stats)
 
     def _control(self) -> None:
@@ -121,7 +123,7 @@ class Processor:
 
         Nothing a guest does makes this raise; CpuShutdown and failures of our own do.
         """
-        cpu, timers, interrupts = self.cpu, self.board.timers, self.interrupts
+        cpu, timers, interrupts, virtio = self.cpu, self.board.timers, self.interrupts, self.virtio
         base = self.clock.base_ns
         switches = cpu.switches
         self._running = True
@@ -134,6 +136,14 @@ class Processor:
                 if timers.next <= now - base:
                     timers.run(now - base)
                     cpu.forget_stop()
+                if virtio.waiting:
+                    self._serve_devices()
+                    if virtio.waiting:      # it takes more than one pass
+                        if time.monotonic_ns() >= deadline_ns:
+                            return Stop(StopReason.SLICE)
+                        if cpu.stopping:
+                            return Stop(StopReason.KICKED)
+                        continue
                 if interrupts.nmi_pending and not self.nmi_masked:
                     self._take_nmi()
                 if self.halted:
@@ -208,6 +218,25 @@ class Processor:
         if self.q[at.RFLAGS] & RFLAGS_IF or self.interrupts.nmi_pending:
             self.rose = True
             self.cpu.stop()
+
+    def _device_waits(self) -> None:
+        """The guest asked a device for something that is done with the guest off the CPU."""
+        if self._running and self.cpu.resident is self.guest:
+            self.rose = True
+            self.cpu.stop()
+
+    def _serve_devices(self) -> None:
+        """Devices read and write the guest's memory, and give pages of it away.
+
+        The guest's next entry flushes its TLB; what the silicon translated from what they wrote it forgets
+        here, and translated code hears of it by its traces, as of any write through the P2M.
+        """
+        self.evict()
+        try:
+            self.virtio.serve()
+        finally:
+            for frame in self.virtio.memory.take_written():
+                self.cpu.invalidate(frame, 1)
 
     def rearm(self) -> None:
         """After a device access: a timer may now be due before the CPU would be stopped."""

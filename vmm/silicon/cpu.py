@@ -163,6 +163,11 @@ class Cpu:
         self._interrupt_request.value |= at.INTERRUPT_HARD
         self._exit_block(self._cpu_object)
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop is still to come."""
+        return bool(self._interrupt_request.value & at.INTERRUPT_HARD)
+
     def forget_stop(self) -> None:
         """What a stop was for has been seen to; if it is still to come, it need not."""
         self._interrupt_request.value &= ~at.INTERRUPT_HARD
