@@ -50,8 +50,8 @@ done
 # Left alone, compaction looks around twice a second, and the statistics of memory are gathered every second.
 echo 0 >/proc/sys/vm/compaction_proactiveness
 echo 60 >/proc/sys/vm/stat_interval
-# Free memory is reported to the host in blocks of 2**order pages, and only while 32 such blocks are free: with
-# an order of 9 or 10, as it is set, a small guest never has that many.
+# Free memory is reported to the host in blocks of 2**order pages, and only while 32 such blocks are free:
+# with an order of 9 or 10, as it is set, a small guest never has that many.
 order=/sys/module/page_reporting/parameters/page_reporting_order
 [ -w $order ] && echo 5 >$order
 # A machine without a button has no event device; a respawned acpid would then spin.
