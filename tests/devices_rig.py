@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from tests.virtio_rig import Pages, Ram
+from tests.virtio_rig import RAM, Pages, Ram
 from vmm.devices.board import Board
 
 MS = 1_000_000
@@ -13,7 +13,6 @@ TSC_PER_NS = 2
 #: 2026-11-23 15:30:00 UTC, a Monday
 WALL = 1_795_447_800
 MEMORY = 128 << 20
-RAM = 256 << 10
 
 
 class Rig:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tests.plain_memory import PlainMemory
+from vmm.devices.timers import Timers
+from vmm.devices.virtio.balloon import Balloon
 from vmm.devices.virtio.mmio import (
     ACKNOWLEDGE,
     DRIVER,
@@ -17,9 +19,13 @@ from vmm.devices.virtio.mmio import (
     Register,
 )
 from vmm.devices.virtio.ring import INDIRECT, NEXT, WRITE
+from vmm.devices.virtio.rng import Rng
 from vmm.memory.errors import BadAddress, OutOfFrames
 
 PAGE = 4096
+#: bytes that devices see, and pages that the guest has
+RAM = 256 << 10
+GUEST_PAGES = 1 << 15
 #: where the driver has its queues, one page each, and its buffers
 QUEUES = 0x1_0000
 BUFFERS = 0x2_0000
@@ -27,7 +33,7 @@ READY = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
 
 
 class Ram(PlainMemory):
-    """Memory of a device.  `refuse` accesses from now on are said to lack a frame."""
+    """Memory of a device.  The access that is the `refuse`-th from now on is said to lack a frame."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -39,7 +45,8 @@ class Ram(PlainMemory):
         self.accesses += 1
         if self.refuse:
             self.refuse -= 1
-            raise OutOfFrames("refused")
+            if not self.refuse:
+                raise OutOfFrames("refused")
         super()._check(gpa, n)
 
     def write(self, gpa: int, data: bytes) -> None:
@@ -164,3 +171,50 @@ class Driver:
             found.append(struct.unpack_from("<II", self.ram.data, slot))
             self.taken[queue] += 1
         return found
+
+
+class Bench:
+    """One device on a test bench: its memory, its interrupt line, its time, and a driver."""
+
+    def __init__(self, make: Callable[[Bench], MmioDevice], size: int = 8) -> None:
+        self.ram = Ram(RAM)
+        self.pages = Pages(GUEST_PAGES)
+        self.now = 5_000_000_000
+        self.timers = Timers(lambda: self.now)
+        self.level = False
+        #: how often the device asked to be served
+        self.called = 0
+        self.device = make(self)
+        self.driver = Driver(self.device, self.ram, size)
+
+    def line(self, level: bool) -> None:
+        self.level = level
+
+    def attention(self) -> None:
+        self.called += 1
+
+    def serve(self, most: int = 1000) -> int:
+        """Pass after pass until nothing waits; how many there were."""
+        for passes in range(most):
+            if not self.device.notified:
+                return passes
+            self.device.serve()
+        raise AssertionError("the device is never done")
+
+    def interrupted(self) -> int:
+        """What the device interrupted for since the last call; acknowledged."""
+        assert self.level == bool(self.driver.get(Register.INTERRUPT_STATUS))
+        causes = self.driver.get(Register.INTERRUPT_STATUS)
+        self.driver.put(Register.INTERRUPT_ACKNOWLEDGE, causes)
+        assert not self.level
+        return causes
+
+
+def balloon_bench(size: int = 8) -> Bench:
+    return Bench(lambda bench: Balloon(bench.ram, bench.pages, GUEST_PAGES, lambda: bench.now, bench.line,
+                                       bench.attention), size)
+
+
+def rng_bench(size: int = 8) -> Bench:
+    return Bench(lambda bench: Rng(bench.ram, lambda count: b"\xA5" * count, bench.timers, bench.line,
+                                   bench.attention), size)

@@ -27,7 +27,7 @@ class Rng(MmioDevice):
     OFFERED = INDIRECT_DESC
     QUEUES = 1
 
-    __slots__ = ("_entropy", "_timers", "second", "spent", "stalled")
+    __slots__ = ("_timers", "entropy", "second", "spent", "stalled")
 
     SAVED: ClassVar[Kinds] = transport_kinds(QUEUES) | {
         "second": TIME, "spent": between(0, QUOTA), "stalled": FLAG,
@@ -36,7 +36,7 @@ class Rng(MmioDevice):
     def __init__(self, memory: GuestRam, entropy: Callable[[int], bytes], timers: Timers,
                  line: Callable[[bool], None], attention: Callable[[], None]) -> None:
         super().__init__(memory, line, attention)
-        self._entropy = entropy
+        self.entropy = entropy
         self._timers = timers
         #: the second of guest time in which `spent` bytes were given
         self.second = self.spent = 0
@@ -55,7 +55,7 @@ class Rng(MmioDevice):
         if not length:
             self._stall()
             return False
-        chain.write(self.memory, self._entropy(length))
+        chain.write(self.memory, self.entropy(length))
         self.finish(ring, chain, length)
         self.spent += length
         return True
