@@ -130,8 +130,8 @@ class Slots:
         hole = self.holes.fitting(sum(sizes)) if sizes else None
         if hole is not None:
             self._fill(hole, sizes, starts)
-        elif self.holes.units * 2 <= self.end and self.end + sum(sizes) <= self.limit:
-            # the file grows only while at least half of it is in use
+        elif self.holes.units * 4 <= self.end and self.end + sum(sizes) <= self.limit:
+            # many small holes cost many small writes: the file rather grows while three quarters are in use
             self._append(sizes, starts)
         else:
             self._scatter(sizes, starts)
