@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -319,3 +322,25 @@ def test_a_full_disk(tmp_path: Path) -> None:
     told = subprocess.run([*with_disk(state, "size=2M"), sys.executable, "-c", _ON_A_FULL_DISK, str(state)],
                           capture_output=True, text=True, timeout=60)
     assert told.stderr == "" and told.stdout == f"no space left for guest in {state}\n"
+
+
+def test_the_file_is_as_documented(tmp_path: Path) -> None:
+    """docs/SNAPSHOT.md, written down a second time: a change here needs a new version of the format."""
+    page = b"contents" * 512
+    save(tmp_path / "base", {9: b"basement" * 512})
+    base = Snapshot.open(tmp_path / "base")
+    save(tmp_path / "guest", {3: page, 4: b"basement" * 512}, state=b"state", definition=b"{}", base=base)
+    snapshot = Snapshot.open(tmp_path / "guest")
+
+    def sha256(data: bytes) -> bytes:
+        return hashlib.sha256(data).digest()
+
+    rest = struct.pack("<HBB", 8, 2, 0) + b"contents" + bytes(48)
+    record = struct.pack("<I", zlib.crc32(rest)) + rest
+    tail = (sha256(record)
+            + struct.pack("<III", 3, 0, 2) + sha256(page)[:16]
+            + struct.pack("<III", 4, 1, 2) + sha256(b"basement" * 512)[:16]
+            + base.id + b"\4base" + b"state" + b"{}")
+    header = (b"\x89HSNAP\r\n" + struct.pack("<II16sQQIIII", 1, 1, snapshot.id, MEMORY, 64, 2, 21, 5, 2)
+              + sha256(tail))
+    assert (tmp_path / "guest").read_bytes() == header + sha256(header) + record + tail
