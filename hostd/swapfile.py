@@ -75,8 +75,13 @@ class SwapFile:
         with storage.told_plainly(path):
             # a new file, not the old one emptied: a process of an earlier run may still be reading that
             path.unlink(missing_ok=True)
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._store = PageStore(self.fd, name=str(path))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._store = PageStore(fd, name=str(path))
+
+    @property
+    def fd(self) -> int:
+        """The file, for those who read in other processes; -1 when it is closed."""
+        return self._store.fd
 
     def write(self, pages: Sequence[memoryview]) -> list[int]:
         """Store pages of 4096 bytes; returns their slots, in order, with one owner each: `ZERO` for zeroes.
