@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -38,16 +39,21 @@ def boot(
 
 def go_until(machine: Machine, text: str, start: int = 0) -> int:
     """Run until `text` is on the console, behind `start`; the answer is where it ends."""
+    go_while(machine, lambda: text not in machine.text[start:], start)
+    return machine.text.index(text, start) + len(text)
+
+
+def go_while(machine: Machine, waiting: Callable[[], bool], start: int = 0) -> None:
+    """Run until there is nothing to wait for any more; what is printed behind `start` tells why there is."""
     patience = time.monotonic() + _PATIENCE_S
-    while (at := machine.text.find(text, start)) < 0:
-        assert time.monotonic() < patience, f"no {text!r} in {machine.text[start:]!r}"
+    while waiting():
+        assert time.monotonic() < patience, f"nothing but {machine.text[start:]!r}"
         stop = machine.run(time.monotonic_ns() + 10_000_000)
         assert not stop.reason.final, (stop, machine.text[start:])
         if stop.reason is StopReason.HALTED:
             wake = machine.next_wake()
             assert wake is not None, machine.text[start:]
             time.sleep(max(0, wake - time.monotonic_ns()) / 1e9)
-    return at + len(text)
 
 
 class Shell:
