@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A host with guests on it, page by page, driven by the real memory policy.
 
-Time is in ticks; each is one decision.  Sizes are pages.  A guest's kernel gives pages out for data (which
-only its programs free) and for cache (which it drops when asked), and balloons the rest; programs touch a
-working set that wanders over both.  The host's frames are counted, and a touch for which there is none stalls
-its guest.
+Time is in ticks of a second; each has one decision.  Sizes are pages.  A guest's kernel gives pages out for
+data (which only its programs free) and for cache (which it drops when asked), and balloons the rest; programs
+touch a working set that wanders over both.  The host's frames are counted, and a touch for which there is
+none stalls its guest.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def chunks(pages: Pages) -> Iterator[Pages]:
 class Guest:
     """A guest whose programs hold `data` pages, `active` of which they touch every tick.
 
-    `driver` is what its balloon driver does, "none", "prompt", "late" (an order takes three ticks to get
-    through), or "deaf"; `statistics`, whether it says what is available: without, it takes pages back from
+    `driver` is what its balloon driver does, "none", "prompt", "late" (it looks at its orders every third
+    tick only), or "deaf"; `statistics`, whether it says what is available: without, it takes pages back from
     its balloon before it runs out of memory; `cache`, pages of files it would like to keep; `growth`, by how
     much data and cache may grow in a tick; `wander`, how far the working set moves.
     """
@@ -62,10 +62,13 @@ class Guest:
         self.in_period = np.zeros(memory, dtype=bool)
         self.working_set = WorkingSet(Random(seed))
         self.watched = self.working_set.choose(memory)
-        self.orders = [0] * (3 if driver == "late" else 1)
         self.position = 0
         self.oom = 0
         self.stalls = 0
+
+    def __repr__(self) -> str:
+        return (f"{self.name}(data={self.data}, active={self.active}, cache={self.cache}, {self.driver}, "
+                f"statistics={self.statistics}, {self.settings}, growth={self.growth}, wander={self.wander})")
 
     def having(self, use: int) -> Pages:
         return np.flatnonzero(self.use == use)
@@ -101,15 +104,14 @@ class Guest:
             self.release(pages, BALLOON)
         return len(pages)
 
-    def inflate(self, order: int) -> None:
-        self.orders = [*self.orders[1:], order]
-        if self.driver in ("none", "deaf"):
+    def inflate(self, order: int, tick: int) -> None:
+        if self.driver in ("none", "deaf") or (self.driver == "late" and tick % 3):
             return
         balloon = self.having(BALLOON)
-        if self.orders[0] < len(balloon):
-            self.use[balloon[self.orders[0]:]] = FREE
+        if order < len(balloon):
+            self.use[balloon[order:]] = FREE
         else:
-            self.take(self.orders[0] - len(balloon), BALLOON)
+            self.take(order - len(balloon), BALLOON)
 
     # --- its programs
 
@@ -181,7 +183,7 @@ class SimulatedHost:
         return [guest.account() for guest in self.guests.values()]
 
     def decide(self) -> Plan:
-        host = HostMemory(self.pool, self.free, self.overhead, self.demanded)
+        host = HostMemory(self.pool, self.free, self.overhead, self.demanded, self.ticks)
         return self.policy.decide(host, self.accounts())
 
     def tick(self) -> Plan:
@@ -190,7 +192,7 @@ class SimulatedHost:
         for name, guest in self.guests.items():
             guest.evict(plan.vms[name].evict)
             self.evicted += plan.vms[name].evict
-            guest.inflate(plan.vms[name].balloon)
+            guest.inflate(plan.vms[name].balloon, self.ticks)
         self.run_guests({name for name, vm in plan.vms.items() if vm.blocked})
         for guest in self.guests.values():
             guest.scan(self.ticks)

@@ -38,16 +38,17 @@ class Plan:
 
 
 class _Asked(NamedTuple):
-    """What a driver was last asked to inflate from, and how often in a row it did not move."""
+    """How far a driver that is asked to inflate has come, and since when."""
 
     ballooned: int
-    ignored: int
+    since: float
 
 
 class Policy:
     """The host's memory policy.  `decide` is called about once a second, and at once when a worker starves.
 
-    It remembers two things only: the state, for hysteresis, and which drivers do not answer.
+    It remembers two things only: the state, for hysteresis, and since when drivers have not answered.  The
+    same arguments again give the same plan again.
     """
 
     def __init__(self, tuning: Tuning | None = None) -> None:
@@ -64,7 +65,6 @@ class Policy:
         thresholds = self._thresholds(host.pool)
         available = host.free - host.demanded
         self.state = next_state(self.state, available, thresholds)
-        self._asked = {vm.name: self._asked_of(vm) for vm in vms if vm.name in self._asked}
 
         capacity = min(host.pool - host.overhead, sum(vm.resident for vm in vms) + host.free) - thresholds[0]
         claims = [_claim(vm) for vm in vms]
@@ -74,14 +74,16 @@ class Policy:
         kept = targets if self.state else [vm.limit for vm in vms]
         excess = [max(0, vm.resident - most) for vm, most in zip(vms, kept)]
         room = [self._room(vm) for vm in vms]
-        evict = self._evictions(host.pool, thresholds[1] - available, vms, excess, room)
+        helped = [0 if self._is_deaf(vm, host.now) else inside for vm, inside in zip(vms, room)]
+        evict = self._evictions(host.pool, thresholds[1] - available, vms, excess, helped)
         growth = self._growth(available - thresholds[1], vms, targets, contended)
         plans = {}
         for i, vm in enumerate(vms):
             balloon = self._balloon(vm, min(excess[i] - evict[i], room[i]), growth[i])
             plans[vm.name] = VmPlan(targets[i], balloon, evict[i],
                                     self.state is State.LOW and vm.resident > targets[i])
-            self._note(vm, balloon)
+        self._asked = {vm.name: self._asked_of(vm, host.now) for vm in vms
+                       if plans[vm.name].balloon > vm.ballooned}
         return Plan(self.state, self.state is not State.HIGH, plans)
 
     def _thresholds(self, pool: int) -> tuple[int, int, int, int]:
@@ -126,30 +128,25 @@ class Policy:
 
     # --- drivers that do not answer
 
-    def _asked_of(self, vm: VmMemory) -> _Asked:
-        before, ignored = self._asked[vm.name]
-        return _Asked(vm.ballooned, ignored + 1 if vm.ballooned <= before else 0)
+    def _asked_of(self, vm: VmMemory, now: float) -> _Asked:
+        before = self._asked.get(vm.name)
+        return _Asked(vm.ballooned, now) if before is None or vm.ballooned > before.ballooned else before
 
-    def _note(self, vm: VmMemory, balloon: int) -> None:
-        if balloon <= vm.ballooned:
-            self._asked.pop(vm.name, None)
-        elif vm.name not in self._asked:
-            self._asked[vm.name] = _Asked(vm.ballooned, 0)
-
-    def _is_deaf(self, vm: VmMemory) -> bool:
-        asked = self._asked.get(vm.name)
-        return asked is not None and asked.ignored >= self.tuning.deaf
+    def _is_deaf(self, vm: VmMemory, now: float) -> bool:
+        before = self._asked.get(vm.name)
+        return (before is not None and vm.ballooned <= before.ballooned
+                and now - before.since >= self.tuning.deaf)
 
     # --- swap
 
     def _evictions(self, pool: int, missing: int, vms: Sequence[VmMemory], excess: Sequence[int],
-                   room: Sequence[int]) -> list[int]:
-        """How many pages each VM swaps out now; `missing` are those that make the state soft again."""
+                   helped: Sequence[int]) -> list[int]:
+        """How many pages each VM swaps out now: `missing` are those that make the state soft again, `helped`
+        how many of each VM's `excess` its balloon can take."""
         if self.state >= State.HARD:
             wanted = [min(over, vm.private) for vm, over in zip(vms, excess)]
             return _within(min(missing, ceil(self.tuning.torrent * pool)), wanted)
-        wanted = [min(over - (0 if self._is_deaf(vm) else min(over, inside)), vm.private)
-                  for vm, over, inside in zip(vms, excess, room)]
+        wanted = [min(max(0, over - inside), vm.private) for vm, over, inside in zip(vms, excess, helped)]
         return _within(ceil(self.tuning.trickle * pool), wanted)
 
 

@@ -89,6 +89,8 @@ class HostMemory:
     overhead: int = 0
     #: frames that workers with none left ask for now
     demanded: int = 0
+    #: when this was so, in seconds on any clock that does not go back
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,8 @@ class Tuning:
     step: float = 1 / 16
     #: what a VM must lack, of its memory, to be given some while others want it too
     patience: float = 1 / 32
-    #: decisions in a row that a balloon driver may let pass without a page before it counts as deaf
-    deaf: int = 5
+    #: seconds that a balloon driver may let pass without a page before it counts as deaf
+    deaf: float = 5.0
     #: swapped out per decision at most, of the pool: where balloons cannot help, and when frames are short
     trickle: float = 1 / 256
     torrent: float = 1 / 32
