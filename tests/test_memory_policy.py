@@ -16,15 +16,16 @@ POOL = 10_000
 
 
 def vm(name: str = "a", memory: int = 3200, resident: int = 3200, **changes: object) -> VmMemory:
-    """An idle guest with a prompt driver and nothing but cache, if the test does not say otherwise."""
+    """An idle guest with a driver and nothing but cache, if the test does not say otherwise."""
     whole = VmMemory(name, memory, *settle(memory), resident=resident, private=resident, working_set=0.0,
                      balloon_able=True, guest_free=memory)
     return replace(whole, **changes)  # type: ignore[arg-type]
 
 
 def decide(free: int, *vms: VmMemory, demanded: int = 0, now: float = 0,
-           policy: Policy | None = None) -> Plan:
+           policy: Policy | None = None, before: State | None = None) -> Plan:
     policy = policy or Policy(TUNING)
+    policy.state = policy.state if before is None else before
     overhead = max(0, POOL - free - sum(one.resident for one in vms))
     return policy.decide(HostMemory(POOL, free, overhead, demanded, now), vms)
 
@@ -131,6 +132,18 @@ def test_a_guest_whose_word_is_nonsense_gets_a_sane_balloon(word: int) -> None:
     assert 0 <= plan.vms["a"].balloon <= 500
 
 
+def test_a_balloon_fills_with_pages_that_have_no_frame_first() -> None:
+    """Of 1600 idle frames 201 are wanted, and 150 pages without one lie before them."""
+    plan = decide(399, vm("a", resident=1600, private=1500, shared=150, swapped=50, ballooned=1350))
+    assert plan.vms["a"].balloon == 1350 + 200          # a step; it is on its way
+    assert plan.vms["a"].evict == 0
+    plan = decide(599, vm("a", resident=1600, private=1500, shared=150, swapped=50, ballooned=1350),
+                  before=State.SOFT)
+    assert plan.vms["a"].balloon == pytest.approx(1350 + 150 + 1, abs=1)
+    plan = decide(599, vm("a", resident=1600, private=1500, shared=150, swapped=50, ballooned=1350))
+    assert plan.vms["a"].balloon == 1350                # nothing is wanted
+
+
 def test_every_guest_keeps_the_floor() -> None:
     policy = Policy(Tuning(floor=3150))
     assert decide(10, vm("a"), policy=policy).vms["a"].balloon == 50
@@ -213,7 +226,7 @@ def test_every_decision_keeps_the_promises(setting: tuple[HostMemory, list[VmMem
         assert 0 <= what.evict <= one.private
         assert 0 <= what.balloon <= max(0, one.memory - one.reservation)
         # what it has after all this is not below what is its own, nor below its target
-        left = one.resident - what.evict - (inflated if one.balloon_able else 0)
+        left = one.resident - what.evict - max(0, inflated - one.unbacked)
         assert left >= min(one.reservation, one.resident)
         if what.evict or inflated:
             assert left >= what.target

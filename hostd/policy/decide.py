@@ -60,7 +60,8 @@ class Policy:
         """The plan for now.
 
         Invariants: targets add up to at most the pool less overhead, if reservations do; no VM is asked for a
-        page that its reservation covers; `evict` and inflation together take no VM below its target.
+        page that its reservation covers; `evict` and inflation together take no VM below its target, if its
+        balloon is first filled with pages that have no frame.
         """
         thresholds = self._thresholds(host.pool)
         available = host.free - host.demanded
@@ -74,12 +75,15 @@ class Policy:
         kept = targets if self.state else [vm.limit for vm in vms]
         excess = [max(0, vm.resident - most) for vm, most in zip(vms, kept)]
         room = [self._room(vm) for vm in vms]
-        helped = [0 if self._is_deaf(vm, host.now) else inside for vm, inside in zip(vms, room)]
+        deaf = [self._is_deaf(vm, host.now) for vm in vms]
+        helped = [0 if deaf[i] else max(0, room[i] - vm.unbacked) for i, vm in enumerate(vms)]
         evict = self._evictions(host.pool, thresholds[1] - available, vms, excess, helped)
         growth = self._growth(available - thresholds[1], vms, targets, contended)
         plans = {}
         for i, vm in enumerate(vms):
-            balloon = self._balloon(vm, min(excess[i] - evict[i], room[i]), growth[i])
+            # a deaf driver is still asked for all of it: so it is noticed when it answers
+            wanted = excess[i] if deaf[i] else excess[i] - evict[i]
+            balloon = self._balloon(vm, min(wanted + vm.unbacked, room[i]) if wanted else 0, growth[i])
             plans[vm.name] = VmPlan(targets[i], balloon, evict[i],
                                     self.state is State.LOW and vm.resident > targets[i])
         self._asked = {vm.name: self._asked_of(vm, host.now) for vm in vms
@@ -142,7 +146,7 @@ class Policy:
     def _evictions(self, pool: int, missing: int, vms: Sequence[VmMemory], excess: Sequence[int],
                    helped: Sequence[int]) -> list[int]:
         """How many pages each VM swaps out now: `missing` are those that make the state soft again, `helped`
-        how many of each VM's `excess` its balloon can take."""
+        how many frames each VM's balloon can get."""
         if self.state >= State.HARD:
             wanted = [min(over, vm.private) for vm, over in zip(vms, excess)]
             return _within(min(missing, ceil(self.tuning.torrent * pool)), wanted)

@@ -78,6 +78,12 @@ class VmMemory:
         """Pages it actively uses: they cost it one share price each, all others a multiple."""
         return round(self.working_set * self.memory)
 
+    @property
+    def unbacked(self) -> int:
+        """Pages without a frame that the guest may touch: never used, or reported free.  A balloon finds them
+        first, and has to take them before it gets the first frame."""
+        return max(0, self.memory - self.ballooned - self.swapped - self.private - self.shared)
+
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
