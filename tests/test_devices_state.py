@@ -31,6 +31,10 @@ STEP = st.one_of(
     st.tuples(st.just("feed"), st.integers(0, 40), st.just(0), st.just(1)),
     st.tuples(st.just("button"), st.just(0), st.just(0), st.just(1)),
     st.tuples(st.just("acknowledge"), st.just(0), st.just(0), st.just(1)),
+    st.tuples(st.just("virtio"), st.integers(0, 0x140).map(lambda n: (n & 1) << 12 | (n & ~1) * 2),
+              st.one_of(st.integers(0, 0xF), st.integers(0, 0x3_0000)), st.just(4)),
+    st.tuples(st.just("target"), st.integers(0, 1 << 15), st.just(0), st.just(1)),
+    st.tuples(st.just("serve"), st.just(0), st.just(0), st.just(1)),
     st.tuples(st.just("time"), st.integers(0, SECOND), st.just(0), st.just(1)))
 STEPS = st.lists(STEP, max_size=40)
 
@@ -59,6 +63,15 @@ def do(rig: Rig, step: tuple[str, int, int, int]) -> object:
             rig.board.uart.feed(bytes(where))
         elif what == "button":
             rig.board.acpi.power_button()
+        elif what == "virtio":
+            rig.mmio_write(0xFEB0_0000 | where, value)
+            seen = rig.mmio_read(0xFEB0_0000 | where)
+        elif what == "target":
+            rig.board.balloon.target_pages = where
+            seen = rig.board.balloon.request_statistics()
+        elif what == "serve":
+            rig.board.virtio.serve()
+            seen = rig.ram.take_written()
         elif what == "acknowledge":
             seen = rig.interrupts.acknowledge()
         else:
@@ -88,6 +101,7 @@ def test_a_loaded_board_goes_on_as_if_nothing_had_been(before: list, after: list
     state = through_a_stream(original.board.save())
     copy = Rig(now=original.now)
     copy.board.load(state)
+    copy.ram.data[:] = original.ram.data
     assert through_a_stream(copy.board.save()) == state
     assert copy.interrupts.output == original.interrupts.output
     assert copy.board.timers.next == original.board.timers.next
