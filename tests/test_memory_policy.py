@@ -71,6 +71,12 @@ def test_in_the_hard_state_everybody_above_target_swaps_until_it_is_soft() -> No
     assert not plan.vms["a"].blocked
 
 
+def test_what_is_swapped_is_not_asked_of_the_balloon_too() -> None:
+    plan = decide(150, vm("a", memory=16_000, resident=9000, ballooned=7000))
+    assert plan.vms["a"].evict == 400 - 150
+    assert plan.vms["a"].balloon == pytest.approx(7000 + 600 - 400, abs=1)
+
+
 def test_in_the_low_state_those_above_target_get_no_frames() -> None:
     plan = decide(50, vm("a"), vm("b", working_set=1.0))
     assert plan.state is State.LOW
@@ -181,6 +187,13 @@ def test_a_deaf_driver_is_swapped_around() -> None:
     assert [evicted(1000 + now, **moved) for now in (7, 11.9, 12)] == [0, 0, 40]    # not deaf, but slow
     assert decide(390, vm("b"), now=1013, policy=policy).vms["b"].evict == 0
     assert evicted(1014) == 0                           # it was gone: another guest of that name
+
+
+def test_a_deaf_driver_stays_deaf_when_swap_takes_all_it_should_have_given() -> None:
+    policy = Policy(TUNING)
+    plans = [decide(590, vm("a"), now=now, policy=policy, before=State.SOFT) for now in (0, 5, 5, 6)]
+    assert [plan.vms["a"].evict for plan in plans] == [0, 11, 11, 11]
+    assert all(plan.vms["a"].balloon == 11 for plan in plans)
 
 
 # -- properties

@@ -103,7 +103,7 @@ class Policy:
         """Pages by which the balloon of this VM may grow."""
         if not vm.balloon_able:
             return 0
-        deepest = vm.memory - max(self.tuning.floor, vm.reservation)
+        deepest = vm.memory - self.tuning.floor
         if vm.guest_free is None:
             deepest = min(deepest, int(self.tuning.blind * vm.memory))
         return max(0, min(deepest - vm.ballooned, _spare_inside(vm) - self._margin(vm)))
