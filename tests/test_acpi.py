@@ -139,7 +139,8 @@ def test_the_disassembler_understands_every_table(image: bytes, tmp_path: Path) 
                               check=True)
         assert "Error" not in done.stderr, done.stderr
     dsdt = (tmp_path / "dsdt.dsl").read_text()
-    for piece in ("Name (_S5", 'EisaId ("PNP0501")', "0x03F8", "{4}", 'EisaId ("PNP0B00")', "{8}"):
+    for piece in ("Name (_S5", 'EisaId ("PNP0501")', "0x03F8", "{4}", 'EisaId ("PNP0B00")', "{8}",
+                  '"LNRO0005"', "0xFEB00000", "0xFEB01000", "Level, ActiveHigh, Exclusive", "0x0000000A"):
         assert piece in dsdt
     assert "Warning" not in (tmp_path / "facp.dsl").read_text()
 
