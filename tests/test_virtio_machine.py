@@ -10,6 +10,7 @@ import pytest
 
 from tests import hw_modes as m
 from tests.hw_rig import Machine, Refusing, Rig, halted, vector_of
+from tests.test_monitor_paging import HLT, load, repeat, store, word
 from tests.virtio_rig import READY
 from vmm.devices.virtio import bank
 from vmm.devices.virtio.mmio import (
@@ -25,7 +26,6 @@ from vmm.memory.p2mbits import KIND_MASK, KIND_SHIFT, Kind
 from vmm.monitor import Stop, StopReason
 
 MONITORS = ("hw", "bt")
-HLT = b"\xf4"
 #: the queue's page, a page of code, a page of data, and where results go
 QUEUE, CODE, DATA, RESULTS = 0x2_0000, 0x2_4000, 0x2_5000, 0x2_6000
 AVAILABLE, USED = QUEUE + 0x400, QUEUE + 0x800
@@ -35,28 +35,12 @@ HALTED = Stop(StopReason.HALTED)
 _NEVER = 1 << 60
 
 
-def word(value: int) -> bytes:
-    return struct.pack("<I", value)
-
-
-def store(address: int, value: int) -> bytes:
-    return b"\xc7\x05" + word(address) + word(value)        # mov dword [address], value
-
-
 def call(address: int) -> bytes:
     return b"\xb8" + word(address) + b"\xff\xd0"            # mov eax, address; call eax
 
 
 def keep(index: int) -> bytes:
     return b"\xa3" + word(RESULTS + 4 * index)              # mov [RESULTS + 4 * index], eax
-
-
-def load(address: int) -> bytes:
-    return b"\xa1" + word(address)                          # mov eax, [address]
-
-
-def repeat(times: int, body: bytes) -> bytes:
-    return b"\xb9" + word(times) + body + b"\x49\x0f\x85" + struct.pack("<i", -(len(body) + 7))
 
 
 def start(place: bank.Place, queue: int, size: int = 8) -> bytes:

@@ -200,10 +200,7 @@ class Balloon(MmioDevice):
             for page in numbers:
                 self._sink.deflate(page)
             self.deflated += now
-        ring.done += now
-        if ring.done >= count:
-            self.finish(ring, chain)
-        return True
+        return self._advance(ring, chain, now, count)
 
     def _report(self, ring: Ring, chain: Chain) -> bool:
         """Free memory as buffers: whole pages of it lose their contents (5.5.6.8)."""
@@ -215,6 +212,10 @@ class Balloon(MmioDevice):
         for page in _part(runs, ring.done, now):
             self._sink.discard(page, False)
         self.reported += now
+        return self._advance(ring, chain, now, count)
+
+    def _advance(self, ring: Ring, chain: Chain, now: int, count: int) -> bool:
+        """Some more of the `count` pages of a request are done; it goes back when all are."""
         ring.done += now
         if ring.done >= count:
             self.finish(ring, chain)
