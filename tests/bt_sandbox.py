@@ -104,7 +104,7 @@ class Sandbox:
         return False
 
     def _executed(self, uc: Uc, address: int, size: int, _: object) -> None:
-        if LAYOUT.is_stub(address):
+        if address in LAYOUT.all_stubs:
             uc.emu_stop()
             return
         self._rule(LAYOUT.units <= address < self._end, f"execution at {address:#x}")

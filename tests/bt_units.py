@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
-from itertools import product
+from itertools import accumulate, pairwise, product
 
 from vmm.bt.verify import Layout, Rejected, Verifier
+from vmm.bt.verify_scan import scan
 from vmm.bt.verify_table import TABLES, Form
 
 LAYOUT = Layout(units=0x2000_0000, units_bytes=1 << 20, stubs=0x1FF0_0000, stub_bytes=16, stub_count=1024)
@@ -30,10 +32,34 @@ def unit(body: bytes, address: int = LAYOUT.units, stub: int = 3) -> bytes:
     return body + jump(address + len(body), LAYOUT.stubs + 16 * stub)
 
 
+def cut(code: bytes, *sizes: int) -> list[bytes]:
+    """The code in parts of these lengths, and what is left."""
+    ends = [*accumulate(sizes, initial=0), len(code)]
+    return [code[begin:max(begin, end)] for begin, end in pairwise(ends)]
+
+
+def lengths(code: bytes, randoms: random.Random) -> list[int]:
+    """Of stems and operands: of single instructions, as far as they are known, and more or less spoilt."""
+    try:
+        starts = [*sorted(scan(code).starts), len(code)]
+    except Rejected:
+        starts = [0, *sorted(randoms.sample(range(1, len(code) + 1), min(3, len(code))))]
+    found = []
+    for begin, end in pairwise(starts):
+        operand = 4 if code[begin:begin + 1] in (b"\xE9", b"\x0F") else randoms.choice((0, 0, 1, 4))
+        operand = min(operand, end - begin)
+        found += [end - begin - operand, operand]
+    for _ in range(randoms.choice((0, 0, 0, 1, 2))):
+        found[randoms.randrange(len(found))] = randoms.randrange(20)
+    if randoms.random() < 0.9:
+        found.pop()
+    return found
+
+
 def verdict(code: bytes, address: int = LAYOUT.units, verifier: Verifier | None = None) -> str:
     """Empty when a unit is accepted, else why not."""
     try:
-        (verifier or Verifier(LAYOUT)).accept(code, address)
+        (verifier or Verifier(LAYOUT)).accept([code], address)
     except Rejected as rejected:
         return rejected.reason
     return ""

@@ -31,7 +31,7 @@ class Machine:
         address = self.units + offset
         data = bytes.fromhex(code)
         data += jump(address + len(data), self.rig.cpu.arena.stub(stub) if target is None else target)
-        self.verifier.accept(data, address)
+        self.verifier.accept([data], address)
         self.rig.cpu.arena.write(address, data)
         return address
 
@@ -56,7 +56,7 @@ def test_call_and_return_through_the_table(machine: Machine) -> None:
     back = machine.install(0x100, "8D4001", stub=5)
     callee_code = bytes.fromhex("8D4064 6567448B0424 8D642404 43FF24C7")
     callee = machine.units + 0x200
-    machine.verifier.accept(callee_code, callee)
+    machine.verifier.accept([callee_code], callee)
     machine.rig.cpu.arena.write(callee, callee_code)
     caller = machine.install(0, "6567C74424FC34120000 8D6424FC", target=callee)
     assert machine.run(caller, rsp=0x8000, rax=0) == MISS

@@ -11,6 +11,7 @@ from tests.bt_encodings import encodings
 from tests.bt_guest import Guest, Stop
 from vmm.bt import listing
 from vmm.bt.decode import CS, DS, ES, FS, SS, decode
+from vmm.bt.exits import CALLOUT
 from vmm.bt.mode import ALL_SEGMENTS, Mode
 from vmm.bt.table import Entry, Kind
 from vmm.bt.translate import LONGEST_UNIT, Translator
@@ -85,11 +86,11 @@ def test_every_encoding_becomes_code_the_verifier_accepts(name: str) -> None:
         form = decode(encoding.code, 0, True)
         code = encoding.code[:form.length]
         draft = translator.translate(code, 0, 0x1000)
-        for leads in draft.exits:
-            distance = stub - (address + leads.site + 4)
-            draft.host[leads.site:leads.site + 4] = distance.to_bytes(4, "little", signed=True)
+        for _, behind, part in draft.exits:
+            distance = stub - (address + len(draft.host) - behind)
+            draft.parts[part] = distance.to_bytes(4, "little", signed=True)
         try:
-            verifier.accept(bytes(draft.host), address)
+            assert verifier.accept(draft.parts, address) == draft.host
         except Exception as error:
             raise AssertionError(f"{form.entry.mnemonic} {code.hex()} -> {draft.host.hex()}") from error
         address += len(draft.host)
@@ -114,7 +115,7 @@ def test_what_the_monitor_has_to_execute_is_left_to_it(kind: Kind) -> None:
     for code in [*found, b"\x0F\x0B" + bytes(8)][:200]:
         draft = translator.translate(code, 0, 0x1000)
         assert [piece.mark for piece in draft.pieces] == [Mark.CALLOUT]
-        assert [(leads.eip, leads.callout) for leads in draft.exits] == [(0x1000, True)]
+        assert draft.exits == ((CALLOUT, 0, -1),)
 
 
 @pytest.mark.parametrize("mode", [
@@ -138,7 +139,7 @@ def test_what_the_mode_does_not_grant_is_left_to_the_monitor(mode: Mode, code: s
 def test_a_unit_is_at_most_twelve_instructions() -> None:
     draft = Translator(Mode()).translate(b"\x40" * 40, 0, 0x1000)
     assert len(draft.pieces) == LONGEST_UNIT == draft.guest_bytes
-    assert draft.exits[0].eip == 0x100C
+    assert draft.exits == ((0x00C, 0, -1),)
 
 
 def test_another_page_is_reached_through_the_jump_table() -> None:

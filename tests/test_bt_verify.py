@@ -179,14 +179,14 @@ def test_an_escape_is_rejected(name: str) -> None:
 
 def test_jumps_go_where_instructions_begin() -> None:
     known = Verifier(LAYOUT)
-    known.accept(unit(b"\x90" * 4, UNITS), UNITS)
+    known.accept([unit(b"\x90" * 4, UNITS)], UNITS)
     here = UNITS + 0x100
     for target, good in [(UNITS, True), (UNITS + 1, False), (LAYOUT.stubs, True), (LAYOUT.stubs + 8, False),
                          (LAYOUT.stubs + 16 * 1024, False), (LAYOUT.stubs - 16, False), (here, True),
                          (0, False), (here + 5, False)]:
         code = jump(here, target)
         verifier = Verifier(LAYOUT)
-        verifier.accept(unit(b"\x90" * 4, UNITS), UNITS)
+        verifier.accept([unit(b"\x90" * 4, UNITS)], UNITS)
         assert (verdict(code, here, verifier) == "") == good, hex(target)
     # into an instruction, into a string sequence, behind the end
     assert verdict(unit(bytes.fromhex("EB01 B800000000")))
@@ -218,27 +218,27 @@ def test_a_unit_may_replace_only_a_trailing_jump() -> None:
     first = unit(b"\x90\x90")
     following = UNITS + 2
     verifier = Verifier(LAYOUT)
-    verifier.accept(first, UNITS)
+    verifier.accept([first], UNITS)
     for address in (UNITS, UNITS + 1, UNITS + 3, UNITS - 2):
         assert verdict(unit(b"\x90" * 3, address), address, verifier)
-    verifier.accept(unit(b"\x40\x90", following), following)
+    verifier.accept([unit(b"\x40\x90", following)], following)
     assert verifier.sites == {following + 3}
     assert verdict(unit(b"", following), following, verifier)      # once
 
 
 def test_a_conditional_jump_at_the_end_is_no_trailing_jump() -> None:
     verifier = Verifier(LAYOUT)
-    verifier.accept(unit(b"", UNITS + 6), UNITS + 6)
-    verifier.accept(b"\x0F\x84" + (LAYOUT.stubs - UNITS - 6).to_bytes(4, "little", signed=True), UNITS)
+    verifier.accept([unit(b"", UNITS + 6)], UNITS + 6)
+    verifier.accept([b"\x0F\x84" + (LAYOUT.stubs - UNITS - 6).to_bytes(4, "little", signed=True)], UNITS)
     verifier.retract(UNITS + 6, 5)
     assert "over another" in verdict(unit(b"", UNITS + 1), UNITS + 1, verifier)
 
 
 def test_jumps_are_patched_to_entries_and_stubs_only() -> None:
     verifier = Verifier(LAYOUT)
-    verifier.accept(unit(b"\x90"), UNITS)
+    verifier.accept([unit(b"\x90")], UNITS)
     other = UNITS + 64
-    verifier.accept(unit(b"", other), other)
+    verifier.accept([unit(b"", other)], other)
     site = UNITS + 2
     assert verifier.patch(site, other) == jump(site - 1, other)[1:]
     assert verifier.patch(site, LAYOUT.stubs) == jump(site - 1, LAYOUT.stubs)[1:]
@@ -248,7 +248,7 @@ def test_jumps_are_patched_to_entries_and_stubs_only() -> None:
     verifier.retract(other, 64)
     with pytest.raises(Rejected):
         verifier.patch(site, other)
-    verifier.accept(unit(b"\x90", other), other)      # the place is free again
+    verifier.accept([unit(b"\x90", other)], other)      # the place is free again
 
 
 def test_every_form_has_the_length_the_disassembler_finds_and_stays_in_the_window() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.bt_sandbox import Sandbox
-from tests.bt_units import LAYOUT, STRINGS, all_forms, unit
+from tests.bt_units import LAYOUT, STRINGS, all_forms, cut, lengths, unit
 from vmm.bt.verify import Rejected, Verifier
 from vmm.bt.verify_scan import scan
 
@@ -38,8 +38,10 @@ class Judge:
         self.accepted = 0
 
     def judge(self, code: bytes, seed: int) -> None:
+        randoms = random.Random(seed)
         try:
-            self.verifier.accept(code, _ENTRY)
+            # what it remembers, and how the code is cut, is put to the test, too
+            self.verifier.accept(cut(code, *lengths(code, randoms)) if seed % 4 else [code], _ENTRY)
         except Rejected:
             return
         self.verifier.retract(_ENTRY, len(code))
@@ -143,6 +145,6 @@ def test_the_sandbox_notices_escapes(code: str, judge: Judge) -> None:
     """The oracle is worth something: what the verifier rejects does break rules there."""
     data = bytes.fromhex(code)
     with pytest.raises(Rejected):
-        judge.verifier.accept(unit(data), _ENTRY)
+        judge.verifier.accept([unit(data)], _ENTRY)
     broken = judge.sandbox.run(unit(data), {0, len(data)}, 7)
     assert any(ESCAPES[code] in what for what in broken), broken

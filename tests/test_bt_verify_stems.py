@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the verifier remembers of code it went over, and hints about it: neither makes any difference."""
+"""What the verifier remembers of code it went over, and how it is cut: neither makes any difference."""
 
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
 import pytest
 
-from tests.bt_units import LAYOUT, STRINGS, all_forms, jump, unit
+from tests.bt_units import LAYOUT, STRINGS, all_forms, cut, jump, lengths, unit
 from vmm.bt.verify import Rejected, Verifier
-from vmm.bt.verify_scan import JUMPS, LENGTH, STOPS, Stems, scan
+from vmm.bt.verify_scan import JUMPS, OPERAND, STOPS, UNKNOWN, Stems, scan
 
 _FORMS = [code for code, _ in all_forms()]
 _SPECIAL = [bytes.fromhex(text) for text in (
@@ -22,24 +21,24 @@ _ESCAPES = [bytes.fromhex(text) for text in (
     "CD80", "0F05", "EC", "50", "41FFE0", "6766C3", "4A8D3C27F3AB", "41C7460D00000000")]
 
 
-def verdict(verifier: Verifier, code: bytes, cuts: bytes = b"") -> str:
+def verdict(verifier: Verifier, code: bytes, *sizes: int) -> str:
     """Empty when the unit is accepted, which is forgotten again; else why not."""
     try:
-        verifier.accept(code, LAYOUT.units, cuts)
+        assert verifier.accept(cut(code, *sizes), LAYOUT.units) == code
     except Rejected as rejected:
         return rejected.reason
     verifier.retract(LAYOUT.units, len(code))
     return ""
 
 
-def marks(verifier: Verifier, code: bytes, cuts: bytes) -> tuple[set[int], set[int], bool]:
+def marks(verifier: Verifier, code: bytes, *sizes: int) -> tuple[set[int], set[int], bool]:
     """What is known of an accepted unit: entries, sites, whether its last jump may be replaced."""
-    verifier.accept(code, LAYOUT.units, cuts)
+    verifier.accept(cut(code, *sizes), LAYOUT.units)
     known = verifier.entries, verifier.sites
     end = LAYOUT.units + len(code)
     replaced = True
     try:
-        verifier.accept(unit(b"\x90", end - 5), end - 5)
+        verifier.accept([unit(b"\x90", end - 5)], end - 5)
         verifier.retract(end - 5, 6)
         verifier.retract(LAYOUT.units, len(code) - 5)
     except Rejected:
@@ -56,19 +55,6 @@ def _body(randoms: random.Random) -> bytes:
     return b"".join(parts)
 
 
-def _cuts(code: bytes, randoms: random.Random) -> bytes:
-    """Lengths of stems: of single instructions, as far as they are known, and more or less spoilt."""
-    try:
-        starts = [*sorted(scan(code).starts), len(code)]
-    except Rejected:
-        starts = [0, *sorted(randoms.sample(range(1, len(code) + 1), min(3, len(code))))]
-    lengths = [max(end - start - randoms.choice((0, 0, 1, 4)), 0) for start, end in pairwise(starts)]
-    for _ in range(randoms.randrange(3)):
-        if lengths:
-            lengths[randoms.randrange(len(lengths))] = randoms.randrange(20)
-    return bytes(lengths)
-
-
 def test_hints_and_memory_never_change_a_verdict() -> None:
     """One verifier sees everything, and is told all sorts of things; the other starts anew with each unit."""
     randoms = random.Random(4)
@@ -80,7 +66,7 @@ def test_hints_and_memory_never_change_a_verdict() -> None:
             data = bytearray(code)
             data[randoms.randrange(len(data))] = randoms.randrange(256)
             code = bytes(data)
-        said = verdict(old, code, _cuts(code, randoms))
+        said = verdict(old, code, *lengths(code, randoms))
         assert bool(said) == bool(verdict(Verifier(LAYOUT), code)), code.hex()
         accepted += not said
     assert 2000 < accepted < 7000
@@ -95,8 +81,8 @@ def test_hints_and_memory_never_change_what_is_known_of_a_unit() -> None:
         code = unit(_body(randoms))
         if verdict(old, code):
             continue
-        hinted = marks(old, code, _cuts(code, randoms))
-        assert hinted == marks(Verifier(LAYOUT._replace(units_bytes=1 << 12)), code, b"")
+        hinted = marks(old, code, *lengths(code, randoms))
+        assert hinted == marks(Verifier(LAYOUT._replace(units_bytes=1 << 12)), code)
         checked += 1
 
 
@@ -107,59 +93,80 @@ def test_a_stem_stands_for_whole_instructions_whatever_follows() -> None:
         for length in range(len(code) + 1):
             stem = code[:length]
             found = stems[stem]
-            if not found:
+            if found == UNKNOWN:
                 continue
-            size = found & LENGTH
-            assert size >= length
+            size = length + (found & OPERAND)
             for _ in range(3):
-                whole = (stem + randoms.randbytes(size))[:size]
-                result = scan(whole)
-                assert (result.ended == size) == bool(found & STOPS)
+                result = scan(stem + randoms.randbytes(found & OPERAND))
+                elsewhere = result.targets[-1:] if found & JUMPS else []
+                inside = result.targets[:len(result.targets) - len(elsewhere)]
+                assert set(inside) <= result.starts | {size}
+                assert (result.ended == size and size not in inside) == bool(found & STOPS)
                 assert result.sites == ([size - 4] if found & JUMPS else [])
-                assert len(result.targets) == len(result.sites)
 
 
 @pytest.mark.parametrize("stem", [
     "", "0F", "6567", "41C746", "41C7460C", "4A8D3C27", "4A8D3C27F3AB89", "75", "EB", "67E3", "E990", "E9E9",
-    "0F85FF", "43FF24C790", "90E990", "CC", "438B04"])
+    "0F85FF", "43FF24C790", "90E990", "CC", "438B04", "7590", "7505 43FF24C7", "7501 43FF24C7", "75FC 89C0",
+    "EB00", "EBFE", "7400 E990"])
 def test_what_cannot_be_said_of_a_stem_alone_is_not_remembered(stem: str) -> None:
     stems = Stems()
-    assert stems[bytes.fromhex(stem)] == 0 and not stems
+    assert stems[bytes.fromhex(stem)] == UNKNOWN and not stems
+
+
+@pytest.mark.parametrize(("stem", "found"), [
+    ("B8", 4), ("89C0", 0), ("89C0 B8", 4), ("0F85", JUMPS | 4), ("E9", JUMPS | STOPS | 4),
+    ("43FF24C7", STOPS), ("89C0 E9", JUMPS | STOPS | 4), ("7504 43FF24C7", 0), ("7502 89C0", 0), ("75FE", 0),
+    ("7502 89C0 43FF24C7", STOPS), ("7405 E9", JUMPS | 4), ("7400 E9", JUMPS | STOPS | 4), ("7405 B8", 4)])
+def test_what_a_stem_stands_for(stem: str, found: int) -> None:
+    """A jump over what does not go on makes it go on."""
+    assert Stems()[bytes.fromhex(stem)] == found
 
 
 def test_a_jump_is_looked_at_although_it_is_known() -> None:
     verifier = Verifier(LAYOUT)
-    assert verdict(verifier, unit(b""), b"\x01") == ""
-    assert "no instruction is known" in verdict(verifier, jump(LAYOUT.units, LAYOUT.stubs + 1), b"\x01")
-    assert "into an instruction" in verdict(verifier, unit(bytes.fromhex("0F84FBFFFFFF")), b"\x02\x01")
+    assert verdict(verifier, unit(b""), 1, 4) == ""
+    assert "no instruction is known" in verdict(verifier, jump(LAYOUT.units, LAYOUT.stubs + 1), 1, 4)
+    assert "into an instruction" in verdict(verifier, unit(bytes.fromhex("0F84FBFFFFFF")), 2, 4, 1)
     # by a jump into the displacement of another one, and into an immediate
     code = bytes.fromhex("B800000000 E9F8FFFFFF")
-    assert "into an instruction" in verdict(verifier, unit(code), b"\x01\x01")
+    assert "into an instruction" in verdict(verifier, unit(code), 1, 4, 1, 4, 1)
+    assert "into an instruction" in verdict(verifier, code, 1, 4, 1)
     code = bytes.fromhex("B800000000 E9F6FFFFFF")
-    assert verdict(verifier, unit(code), b"\x01\x01") == ""
+    assert verdict(verifier, unit(code), 1, 4, 1, 4, 1) == "" == verdict(verifier, code, 1, 4, 1)
+    # one that is not among the last two
+    far = (LAYOUT.stubs + 8).to_bytes(4, "little")
+    code = bytes.fromhex("0F84") + far + bytes.fromhex("89C0 89C0 43FF24C7")
+    assert "no instruction is known" in verdict(verifier, code, 2, 4, 2, 0, 2, 0, 4)
+    assert "no instruction is known" in verdict(verifier, code, 2, 4, 4, 0, 4)
 
 
 def test_a_part_that_is_cut_short_is_not_accepted_for_its_stem() -> None:
     verifier = Verifier(LAYOUT)
-    assert verdict(verifier, unit(bytes.fromhex("B800000000")), b"\x01\x01") == ""
-    for code in "B80000", "E90000", "B8":
-        assert "cut short" in verdict(verifier, bytes.fromhex(code), b"\x01\x01")
-    for cuts in b"\x01", b"\x01\x00\x00", b"\x05\x05\x05", b"\xFF":
-        assert "runs over" in verdict(verifier, bytes.fromhex("B800000000"), cuts)
+    assert verdict(verifier, unit(bytes.fromhex("B800000000")), 1, 4, 1) == ""
+    for code in "B80000", "E90000", "B8", "E9", "0F84", "0F84E9":
+        data = bytes.fromhex(code)
+        for sizes in (1,), (1, 0), (2,), (2, 0), (0, 1), ():
+            assert "cut short" in verdict(verifier, data, *sizes)
+    for sizes in (1,), (1, 4), (5, 0), (5, 5, 5), (255,):
+        assert "runs over" in verdict(verifier, bytes.fromhex("B800000000"), *sizes)
+    # add eax, 1; int 0x80: what one operand has too much, the other has not
+    code = bytes.fromhex("83C0 01CD8090 B8 90")
+    assert "not allowed" in verdict(verifier, unit(code), 2, 4, 1, 1, 1)
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vmm.bt.verify_scan._MOST_STEMS", 10)
     verifier = Verifier(LAYOUT)
     for code in _FORMS[:200]:
-        assert verdict(verifier, unit(code), bytes((len(code), 1))) == ""
+        assert verdict(verifier, unit(code), len(code), 0, 1) == ""
         assert len(verifier._stems) <= 10
 
 
 def test_only_whole_units_are_retracted() -> None:
     verifier = Verifier(LAYOUT)
     code = unit(b"\x90" * 8)
-    verifier.accept(code, LAYOUT.units)
+    verifier.accept([code], LAYOUT.units)
     for address, length in (LAYOUT.units + 1, len(code) - 1), (LAYOUT.units, 4), (LAYOUT.units + 64, 8):
         with pytest.raises(Rejected):
             verifier.retract(address, length)

@@ -28,7 +28,7 @@ from vmm.bt import shape
 from vmm.bt.codepage import TAIL_BYTES, CodePage
 from vmm.bt.cpu import Arena, JumpTable
 from vmm.bt.decode import Truncated
-from vmm.bt.exits import BITS, CALLOUT, PAGE_MASK, SITE
+from vmm.bt.exits import BITS, PAGE_MASK, SITE, WHERE
 from vmm.bt.mode import Mode
 from vmm.bt.native.arena import STUB_BYTES
 from vmm.bt.regions import Regions
@@ -43,7 +43,7 @@ __all__ = ["Callout", "Counters", "Edge", "Translation", "TranslationCache"]
 
 _JMP_BYTES = 5
 _CACHE_LINE = 64
-_put_rel32 = struct.Struct("<i").pack_into
+_rel32 = struct.Struct("<i").pack
 #: modes whose templates are kept
 _TRANSLATORS = 64
 #: pages known at once: each keeps 4 KiB of guest code, and a guest that rewrites its code makes new ones
@@ -132,17 +132,19 @@ class TranslationCache:
 
     def follow(self, edge: Edge, beyond: Beyond) -> Translation:
         """The unit a jump leads to, which from now on it reaches by itself."""
-        source = edge.source
-        page, offset = source.page, edge.offset
-        target = page.units.get(offset) or self._find_straddler(page, offset, beyond)
+        source, offset = edge.source, edge.packed & PAGE_MASK
+        page, chain = source.page, 1 << edge.number
+        target = page.units.get(offset)
+        if target is None and page.straddlers:
+            target = self._find_straddler(page, offset, beyond)
         if target is None:
             target = self._translate(page, offset, beyond, edge)
-        if source.alive and not edge.chained:
+        if not source.chained & chain and source.alive:
             reached = self._bridge(page, offset) if target.tail else target
             if source.alive and target.alive:
                 site = edge.site
                 self._arena.write(site, self.verifier.patch(site, reached.address))
-                source.chained |= 1 << edge.number
+                source.chained |= chain
                 self.counters.chained += 1
         return target if target.alive else self.follow(edge, beyond)
 
@@ -266,35 +268,34 @@ class TranslationCache:
 
         The caller has it found in its page.
         """
-        _, host, pieces, cuts, leaving = draft
-        placed, length = self._placed, len(host)
-        count = stub = chained = 0
-        if leaving:
-            count = 2 if leaving >> BITS else 1
-            while (stub := self.exits.take(count)) < 0:
+        _, parts, pieces, exits = draft
+        placed, length = self._placed, len(b"".join(parts))
+        stub = packed = chained = 0
+        if exits:
+            while (stub := self.exits.take(len(exits))) < 0:
                 self._next_region()
         if edge is not None and self._elides(edge, length):
             address = placed.next - _JMP_BYTES
         else:
-            # a jump back makes a loop: its first unit begins a cache line, for it may be all of it
-            line = _CACHE_LINE if edge is not None and edge.eip <= edge.source.eip else 1
-            edge = None
-            if placed.next + line + length > placed.limit:
+            if placed.next + _CACHE_LINE + length > placed.limit:
                 self._next_region()
-            address = placed.next + line - 1 & -line
-        if leaving:
-            chained = self._aim(page, leaving, host, address, stub, -1 if tail else offset)
-        code = bytes(host)
+            address = placed.next
+            if edge is not None and edge.offset <= edge.source.offset:
+                # a jump back makes a loop: its first unit begins a cache line, for it may be all of it
+                address = address + _CACHE_LINE - 1 & -_CACHE_LINE
+            edge = None
+        if exits:
+            packed, chained = self._aim(page, draft, address, length, stub, -1 if tail else offset)
         try:
-            self.verifier.accept(code, address, cuts)
+            code = self.verifier.accept(parts, address)
         except Rejected:
-            if leaving:
-                self.exits.free(stub, count)
+            if exits:
+                self.exits.free(stub, len(exits))
             raise
         self._arena.write(address, code)
-        made = Translation(page, offset, tail, address, length, pieces, leaving, stub, chained)
-        if leaving:
-            self.exits.give(stub, count, made)
+        made = Translation(page, offset, tail, address, length, pieces, packed, stub, chained)
+        if exits:
+            self.exits.give(stub, len(exits), made)
         counters = self.counters
         if edge is not None:
             edge.source.length -= _JMP_BYTES
@@ -308,38 +309,40 @@ class TranslationCache:
             counters.chained += chained.bit_count()
         return made
 
-    def _aim(self, page: CodePage, leaving: int, host: bytearray, address: int, stub: int,
-             offset: int) -> int:
+    def _aim(self, page: CodePage, draft: Draft, address: int, length: int, stub: int,
+             offset: int) -> tuple[int, int]:
         """Have the jumps of a unit lead to units there are, the unit itself, at `offset`, among them.
 
-        The others lead to their stubs.  Which are chained, as in `Translation`.
+        The others lead to their stubs.  The jumps, and which of them are chained, as in `Translation`.
         """
-        chained, bit = 0, 1
-        units, bridges = page.units, page.bridges
-        out = self._arena.stub(stub)
-        while leaving:
-            to, there, site = out, leaving & PAGE_MASK, leaving >> SITE & 0xFFFF
-            if not leaving & CALLOUT:
-                found = units.get(there)
-                if found is None and bridges:
-                    found = bridges.get(there)
-                if found is not None:
-                    to = found.address
-                    chained |= bit
-                elif there == offset:
-                    to = address
-                    chained |= bit
-            _put_rel32(host, site, to - address - site - 4)
-            leaving >>= BITS
-            bit <<= 1
-            out += STUB_BYTES
-        return chained
+        packed = chained = 0
+        parts, units, bridges = draft.parts, page.units, page.bridges
+        stubs, site = self._arena.stub(stub), length - 4
+        end = address + length
+        for number, (leads, behind, part) in enumerate(draft.exits):
+            there = leads & WHERE
+            found = units.get(there)
+            if found is None and bridges:
+                found = bridges.get(there)
+            if found is not None:
+                to = found.address
+                chained |= 1 << number
+            elif there == offset:
+                to = address
+                chained |= 1 << number
+            else:
+                to = stubs + number * STUB_BYTES
+            parts[part] = _rel32(to - end + behind)
+            packed |= (site - behind << SITE | leads) << number * BITS
+        return packed, chained
 
     def _elides(self, edge: Edge, length: int) -> bool:
         """Whether a unit can be put over the trailing jump that leads to it: if that is the last in use."""
-        placed, source, end = self._placed, edge.source, (edge.packed >> SITE) + 4
-        return (source.address + end == placed.next and end == source.length > _JMP_BYTES and source.alive
-                and placed.next - _JMP_BYTES + length <= placed.limit and not placed.is_empty)
+        placed, source = self._placed, edge.source
+        end = source.length
+        return (source.address + end == placed.next and end == (edge.packed >> SITE) + 4 > _JMP_BYTES
+                and source.alive and placed.next - _JMP_BYTES + length <= placed.limit
+                and not placed.is_empty)
 
     def _next_region(self) -> None:
         """Go on in the region used longest ago, whose units die."""

@@ -10,8 +10,8 @@ All of one unit lead somewhere, so a part that is zero is none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 BITS = 32
 PAGE_MASK = 0xFFF
@@ -22,37 +22,24 @@ TAKEN = 0x1000
 CALLOUT = 0x2000
 #: its opcode is of two bytes, else of one
 WIDE = 0x4000
-_ONE = (1 << BITS) - 1
+#: the place it leads to in the page; of what leads to the monitor, none there is
+WHERE = PAGE_MASK | CALLOUT
+#: one of them
+ONE = (1 << BITS) - 1
 
-
-class Exit(NamedTuple):
-    """A direct jump to another unit of the same page.  Offsets count from the beginning of the unit."""
-
-    #: the jump, its 32-bit displacement, and where it leads in the guest
-    at: int
-    site: int
-    eip: int
-    taken: bool
-    callout: bool
-
-
-def unpack(packed: int, eip: int) -> tuple[Exit, ...]:
-    """The jumps of a unit at guest address `eip`."""
-    found = []
-    for one in each(packed):
-        site = one >> SITE
-        found.append(Exit(site - (2 if one & WIDE else 1), site, eip & ~PAGE_MASK | one & PAGE_MASK,
-                          bool(one & TAKEN), bool(one & CALLOUT)))
-    return tuple(found)
+#: a jump of a unit that is not placed yet: where it leads, and flags; how many bytes of the unit are behind
+#: its displacement; the index of that, from the end, in the parts of the unit (`vmm.bt.template.Parts`)
+Exit: TypeAlias = tuple[int, int, int]
 
 
 def each(packed: int) -> Iterator[int]:
     """The jumps, still packed."""
     while packed:
-        yield packed & _ONE
+        yield packed & ONE
         packed >>= BITS
 
 
-def both(first: int, second: int) -> int:
-    """Two jumps, where there may be less."""
-    return first | second << BITS if first else second
+def before(parts: Sequence[bytes], exits: Sequence[Exit]) -> tuple[Exit, ...]:
+    """The jumps when there are these parts behind them."""
+    further = sum(map(len, parts))
+    return tuple((to, behind + further, part - len(parts)) for to, behind, part in exits)

@@ -17,12 +17,11 @@ cli, sti and popf are these at CPL 0 only; at CPL 3 popf changes no IF, and cli 
 from __future__ import annotations
 
 from vmm.bt.decode import Instruction
-from vmm.bt.exits import both
-from vmm.bt.jumps import callout, go
+from vmm.bt.jumps import callout, either, go
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import OFFSETS
 from vmm.bt.stack import load_r8, move_esp, store_register
-from vmm.bt.template import JMP, Code, Ending, Leaving, Template, fixed
+from vmm.bt.template import JMP, REL32, Ending, Leaving, Template, fixed
 from vmm.bt.unit import Mark
 
 _SYSTEM, _IF, _PENDING, _DIRECTION = (OFFSETS[name].to_bytes(1, "little") for name in (
@@ -109,12 +108,8 @@ def sti(form: Instruction, mode: Mode) -> Ending | None:
     if mode.user:
         return None
 
-    def emit(code: Code, at: int, eip: int, base: int) -> Leaving:
-        leave = base + len(_STI_CHECK)
-        behind = leave + 5 + len(_STI)
-        out, first, _ = callout(eip, leave)
-        onward, second, _ = go(eip, eip + form.length & 0xFFFF_FFFF, behind)
-        return _STI_CHECK + out + _STI + onward, both(first, second), b""
+    def emit(code: bytes, at: int, eip: int) -> Leaving:
+        return either(_STI_CHECK, callout(eip), go(eip, eip + form.length & 0xFFFF_FFFF), _STI)
     return Ending(Mark.INLINE, emit)
 
 
@@ -124,16 +119,12 @@ def popf(form: Instruction, mode: Mode) -> Ending | None:
         return None
     # je over the jump to the monitor
     check = _POPF_CHECK + b"\x74\x05"
-    interrupts = b"" if mode.user else _POPF_IF
+    body = _POPF_FLAGS
+    if not mode.user:
+        # back to the one jump to the monitor there is
+        back = -(len(JMP + REL32) + len(_POPF_IF) + len(JMP + REL32))
+        body = _POPF_IF + JMP + back.to_bytes(4, "little", signed=True) + _POPF_SET_IF + body
 
-    def emit(code: Code, at: int, eip: int, base: int) -> Leaving:
-        out, first, _ = callout(eip, base + len(check))
-        host = check + out
-        if interrupts:
-            # back to the one jump to the monitor there is
-            back = len(check) - (len(host) + len(interrupts) + 5)
-            host += interrupts + JMP + back.to_bytes(4, "little", signed=True) + _POPF_SET_IF
-        host += _POPF_FLAGS
-        onward, second, _ = go(eip, eip + form.length & 0xFFFF_FFFF, base + len(host))
-        return host + onward, both(first, second), b""
+    def emit(code: bytes, at: int, eip: int) -> Leaving:
+        return either(check, callout(eip), go(eip, eip + form.length & 0xFFFF_FFFF), body)
     return Ending(Mark.INLINE, emit)

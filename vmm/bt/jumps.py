@@ -9,33 +9,37 @@ of the moment say, and so a jump there goes through the jump table:
 
 from __future__ import annotations
 
-from vmm.bt.exits import CALLOUT, PAGE_MASK, SITE
-from vmm.bt.template import JMP, REL32, Leaving
+from vmm.bt.exits import CALLOUT, PAGE_MASK, before
+from vmm.bt.template import JMP, REL32, Leaving, Parts
 
-#: jmp [r15 + r8*8], and how it is cut
+#: jmp [r15 + r8*8]
 THROUGH_TABLE = b"\x43\xFF\x24\xC7"
-THROUGH_TABLE_CUT = b"\x04"
 #: mov r8d, imm32
-_MOV_R8D = b"\x41\xB8"
-_JUMP = JMP + REL32
-_JUMP_CUT, _FAR_CUT = b"\x01", b"\x02" + THROUGH_TABLE_CUT
+MOV_R8D = b"\x41\xB8"
+_JUMP = JMP, REL32
 _PAGE = 1 << 12
-#: bytes of a jump through the table
-FAR_BYTES = 10
 
 
-def callout(eip: int, at: int) -> Leaving:
-    """To the monitor, for the instruction at guest address `eip`, by a jump at offset `at`."""
-    return _JUMP, at + 1 << SITE | eip & PAGE_MASK | CALLOUT, _JUMP_CUT
+def callout(eip: int) -> Leaving:
+    """To the monitor, for the instruction at guest address `eip`."""
+    return _JUMP, ((eip & PAGE_MASK | CALLOUT, 0, -1),)
 
 
-def go(eip: int, to: int, at: int, flags: int = 0) -> Leaving:
-    """From the instruction at guest address `eip` to guest address `to`, by a jump at offset `at`."""
+def go(eip: int, to: int, flags: int = 0) -> Leaving:
+    """From the instruction at guest address `eip` to guest address `to`."""
     if to ^ eip < _PAGE:
-        return _JUMP, at + 1 << SITE | to & PAGE_MASK | flags, _JUMP_CUT
-    return far(to), 0, _FAR_CUT
+        return _JUMP, ((to & PAGE_MASK | flags, 0, -1),)
+    return far(to), ()
 
 
-def far(to: int) -> bytes:
+def far(to: int) -> Parts:
     """To guest address `to`, whatever page it is in."""
-    return _MOV_R8D + to.to_bytes(4, "little") + THROUGH_TABLE
+    return MOV_R8D, to.to_bytes(4, "little"), THROUGH_TABLE, b""
+
+
+def either(choice: bytes, there: Leaving, onward: Leaving, body: bytes = b"") -> Leaving:
+    """`choice`, which goes on behind itself or skips what leaves behind it; there `body`, and on."""
+    (jump, *others), exits = there
+    (first, *rest), further = onward
+    behind = body + first, *rest
+    return (choice + jump, *others, *behind), before(behind, exits) + further

@@ -4,7 +4,8 @@
     +0   length of the guest instruction, 4 bits; number of its mark, 4 bits
     +1   length of the host code
 
-The jump that ends a unit which goes on to the next instruction is of no piece, and counts to the last one.
+That of the last one is as good as none, for it goes on to the end of the unit: the jump there, of a unit that
+goes on to the next instruction, is of no piece.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from vmm.bt.decode import Instruction
 from vmm.bt.mode import Mode
 from vmm.bt.native.block import OFFSETS
 from vmm.bt.operand import WINDOW, access, pointer
-from vmm.bt.template import Code, Template, fixed
+from vmm.bt.template import Parts, Template, fixed
 from vmm.bt.unit import Mark
 
 _ESP, _EBP = 4, 5
@@ -33,9 +33,9 @@ def store_register(register: int, size: int, at: int) -> bytes:
             + at.to_bytes(1, "little", signed=True))
 
 
-def store_immediate(value: bytes, size: int) -> bytes:
-    """mov gs:[esp - size], value"""
-    return WINDOW + _WIDTH[size] + b"\xC7\x44\x24" + bytes([-size & 0xFF]) + value
+def store_immediate(size: int) -> bytes:
+    """mov gs:[esp - size], immediate, which is to follow"""
+    return WINDOW + _WIDTH[size] + b"\xC7\x44\x24" + bytes([-size & 0xFF])
 
 
 def load_r8(size: int, at: int = 0) -> bytes:
@@ -51,9 +51,10 @@ def push(form: Instruction, mode: Mode) -> Template | None:
     size = form.opsize
     down = move_esp(-size)
     if form.imm_size:
-        def emit(code: Code, at: int) -> bytes:
-            value = form.immediate(code, at).to_bytes(size, "little", signed=True)
-            return store_immediate(value, size) + down
+        store = store_immediate(size)
+
+        def emit(code: bytes, at: int) -> Parts:
+            return store, form.immediate(code, at).to_bytes(size, "little", signed=True), down, b""
         return Template(Mark.INLINE, b"", 0, emit)
     if form.modrm < 0 or form.mod == 3:
         register = form.opcode & 7 if form.modrm < 0 else form.rm
@@ -114,17 +115,18 @@ def enter(form: Instruction, mode: Mode) -> Template | None:
     """
     if not mode.stack or form.opsize == 2:
         return None
-    saved = store_register(_EBP, 4, -4)
+    # xchg gs:[esp + top], r8d; mov gs:[esp + top], r8d
+    check = store_register(_EBP, 4, -4) + WINDOW + b"\x44\x87\x84\x24"
+    restore = WINDOW + b"\x44\x89\x84\x24"
+    # lea ebp, [rsp - 4]; lea esp, [rsp + top]
+    move = b"\x8D\x6C\x24\xFC\x8D\xA4\x24"
 
-    def emit(code: Code, at: int) -> bytes | None:
+    def emit(code: bytes, at: int) -> Parts | None:
         value = form.immediate(code, at) & 0xFFFFFF
         if value >> 16 & 31:
             return None
         top = (-4 - (value & 0xFFFF)).to_bytes(4, "little", signed=True)
-        there = b"\x84\x24" + top
-        check = WINDOW + b"\x44\x87" + there + WINDOW + b"\x44\x89" + there
-        # lea ebp, [rsp - 4]; lea esp, [rsp + top]
-        return saved + check + b"\x8D\x6C\x24\xFC\x8D\xA4\x24" + top
+        return check, top, restore, top, move, top
     return Template(Mark.INLINE, b"", 0, emit)
 
 

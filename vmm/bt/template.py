@@ -11,10 +11,13 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from vmm.bt.decode import Instruction
+from vmm.bt.exits import Exit
 from vmm.bt.mode import Mode
 from vmm.bt.unit import Mark
 
-Code: TypeAlias = bytes | memoryview
+#: host code in parts: whole instructions but for the last one's displacement or immediate, if that may be
+#: anything; that displacement or immediate, or nothing; and so on.  The verifier knows the former again
+Parts: TypeAlias = tuple[bytes, ...]
 
 
 class Template(NamedTuple):
@@ -26,22 +29,18 @@ class Template(NamedTuple):
     mark: Mark
     head: bytes
     tail_at: int
-    emit: Callable[[Code, int], bytes | None] | None = None
+    emit: Callable[[bytes, int], Parts | None] | None = None
 
 
-#: host code, its direct jumps (`vmm.bt.exits`), and how it is cut: for each part, how many bytes there are
-#: before a displacement or an immediate value
-Leaving: TypeAlias = tuple[bytes, int, bytes]
+#: host code, and its direct jumps
+Leaving: TypeAlias = tuple[Parts, tuple[Exit, ...]]
 
 
 class Ending(NamedTuple):
-    """Host code of the instruction that ends a unit, from its address and its offset in the host code.
-
-    Offsets of the jumps count from the beginning of the unit.
-    """
+    """Host code of the instruction that ends a unit, from where it is and from its address."""
 
     mark: Mark
-    emit: Callable[[Code, int, int, int], Leaving]
+    emit: Callable[[bytes, int, int], Leaving]
 
 
 #: makes the template of a form; None when the monitor has to execute the instruction
@@ -67,6 +66,9 @@ def spliced(mark: Mark, form: Instruction, before: bytes, middle: bytes = b"", a
     if not middle and not after and (immediate or not form.imm_size):
         return Template(mark, before, form.length - form.disp_size - form.imm_size)
 
-    def emit(code: Code, at: int) -> bytes:
-        return b"".join((before, code[at + disp:at + disp_end], middle, code[at + imm:at + imm_end], after))
+    def emit(code: bytes, at: int) -> Parts:
+        first, second = code[at + disp:at + disp_end], code[at + imm:at + imm_end]
+        if not middle:
+            return before, first + second, after, b""
+        return before, first, middle, second, after, b""
     return Template(mark, b"", 0, emit)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmm.bt import exits, shape
 from vmm.bt.decode import Instruction, decode
-from vmm.bt.exits import BITS, CALLOUT, PAGE_MASK, SITE, TAKEN, WIDE
+from vmm.bt.exits import BITS, CALLOUT, ONE, PAGE_MASK, SITE, TAKEN, WIDE
 from vmm.bt.unit import Piece
 from vmm.memory.pool import PAGE, PAGE_SHIFT
 
@@ -68,7 +68,7 @@ class Translation:
     @property
     def edges(self) -> tuple[Edge, ...]:
         """Its direct jumps to other units."""
-        return tuple(Edge(self, number) for number, one in enumerate(exits.each(self.exits))
+        return tuple(Edge(self, number, one) for number, one in enumerate(exits.each(self.exits))
                      if not one & CALLOUT)
 
     @property
@@ -94,9 +94,9 @@ class Translation:
     def leaves_by(self, stub: int) -> Edge | Callout:
         """What one of its stubs stands for."""
         number = stub - self.stub
-        one = self.exits >> BITS * number
+        one = self.exits >> BITS * number & ONE
         if not one & CALLOUT:
-            return Edge(self, number)
+            return Edge(self, number, one)
         page, at = self.page, one & PAGE_MASK
         code = (page.code[at:self.offset + self.guest_bytes] + self.tail).ljust(15, b"\0")
         form = decode(code, 0, page.mode.code32)
@@ -108,10 +108,10 @@ class Edge:
 
     __slots__ = ("number", "packed", "source")
 
-    def __init__(self, source: Translation, number: int) -> None:
+    def __init__(self, source: Translation, number: int, packed: int) -> None:
         self.source = source
         self.number = number
-        self.packed = source.exits >> BITS * number & 0xFFFF_FFFF
+        self.packed = packed
 
     @property
     def eip(self) -> int:
@@ -202,8 +202,7 @@ class Stubs:
 
     def take(self, count: int) -> int:
         """So many free ones together; the number of the first, or -1 when there are none."""
-        free = self._free[count]
-        if free:
+        if free := self._free[count]:
             return free.pop()
         owners = self._owners
         first = len(owners)

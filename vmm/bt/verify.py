@@ -23,10 +23,11 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vmm.bt.verify_automaton import Rejected
-from vmm.bt.verify_scan import JUMPS, LENGTH, STOPS, Stems, scan
+from vmm.bt.verify_scan import JUMPS, OPERAND, STOPS, Stems, scan
 
 __all__ = ["Layout", "Rejected", "Verifier"]
 
@@ -34,11 +35,15 @@ __all__ = ["Layout", "Rejected", "Verifier"]
 #: jump begins; where the jump at the end of a unit begins (but for a unit that is nothing else)
 _FREE, _INSIDE, _ENTRY, _SITE, _TRAILING = range(5)
 _TRAILING_JUMP = bytes((_TRAILING, _SITE, _INSIDE, _INSIDE, _INSIDE))
+#: what a unit may be put over, free bytes behind that aside
+_REPLACEABLE = b"", _TRAILING_JUMP
 _JMP_BYTES = len(_TRAILING_JUMP)
 _LONGEST_UNIT = 4096
 _UNIT = bytes((_ENTRY,)) + bytes((_INSIDE,)) * (_LONGEST_UNIT - 1)
-_REL32 = struct.Struct("<i")
-_rel32 = _REL32.unpack_from
+_rel32 = struct.Struct("<i").pack
+_displacement = struct.Struct("<i").unpack_from
+#: a stem of a conditional jump, among others
+_BRANCH = JUMPS | 4
 
 
 class Layout(NamedTuple):
@@ -50,10 +55,10 @@ class Layout(NamedTuple):
     stub_bytes: int
     stub_count: int
 
-    def is_stub(self, address: int) -> bool:
-        """Whether an exit stub begins at `address`."""
-        number, rest = divmod(address - self.stubs, self.stub_bytes)
-        return not rest and 0 <= number < self.stub_count
+    @property
+    def all_stubs(self) -> range:
+        """Where exit stubs begin."""
+        return range(self.stubs, self.stubs + self.stub_count * self.stub_bytes, self.stub_bytes)
 
 
 class Verifier:
@@ -63,74 +68,74 @@ class Verifier:
     """
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self._units, self._size, self._stubs, self._stub_bytes, stub_count = layout
-        self._stubs_size = stub_count * layout.stub_bytes
+        self._units, self._size = layout.units, layout.units_bytes
+        self._stubs = layout.all_stubs
         #: what each byte among the units is; of memory it takes what units have used of theirs
         self._map = mmap.mmap(-1, layout.units_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._stems = Stems()
+        self._stem = self._stems.__getitem__
 
-    def accept(self, code: bytes, address: int, cuts: bytes = b"") -> None:
-        """Accept the unit `code`, which will be at `address`, or raise Rejected.
+    def accept(self, parts: Sequence[bytes], address: int) -> bytes:
+        """Accept the unit made of these parts, which will be at `address`; its code.  Raises Rejected.
 
         It may take the place of the trailing jump of the unit before it, which then falls through into it.
-        `cuts` are a hint, which decides nothing: the lengths of the stems (`vmm.bt.verify_scan`) of its
-        parts, from the first one on.
+        How it is cut into parts decides nothing, but if they are stems and operands (`vmm.bt.verify_scan`) in
+        turns, less has to be gone over.
         """
+        code = b"".join(parts)
         length, begin, marks = len(code), address - self._units, self._map
         if not 0 < length <= _LONGEST_UNIT or not 0 <= begin <= self._size - length:
             raise Rejected("unit outside the arena, or of no possible length")
-        place = marks[begin:begin + length]
-        if place.strip(b"\0") and place != _TRAILING_JUMP.ljust(length, b"\0"):
+        if marks[begin:begin + length].rstrip(b"\0") not in _REPLACEABLE:
             raise Rejected("over another unit")
-        unit = bytearray(_UNIT[:length])
-        at, ended = 0, -1
-        targets: list[int] = []
-        stems = self._stems
-        for stem in cuts:
-            known = stems[code[at:at + stem]]
-            if known <= LENGTH:
-                at += known
-                continue
-            at += known & LENGTH
-            if at > length:
-                break
-            if known & JUMPS:
-                unit[at - 4] = _SITE
-                targets.append(at + _rel32(code, at - 4)[0])
-            if known & STOPS:
-                ended = at
         starts: set[int] = set()
-        if at != length:
-            rest = scan(code, at)
-            starts = rest.starts
-            targets += rest.targets
-            for site in rest.sites:
-                unit[site] = _SITE
-            ended = max(ended, rest.ended)
-        if ended != length and not self._is_entry(address + length):
+        sites: list[int] = []
+        targets: list[int] = []
+        end = -1
+        # at most two jumps at the end aside, a stem stands for the length of its operand and for no more
+        found = [*map(self._stem, parts[::2])]
+        last = found[-1]
+        if last > OPERAND:
+            found[-1] = last & OPERAND
+            if last & STOPS:
+                end = length
+            if last & JUMPS:
+                site = length - 4
+                sites.append(site)
+                if len(found) > 1 and found[-2] == _BRANCH:
+                    found[-2] &= OPERAND
+                    sites.append(site - len(parts[-2]) - 4)
+        if found == [*map(len, parts[1::2])]:
+            for site in sites:
+                targets.append(site + 4 + _displacement(code, site)[0])
+        else:
+            starts, sites, targets, end = scan(code)
+        if end != length and not self._is_entry(address + length):
             raise Rejected("runs over its end", length)
+        stubs = self._stubs
         for target in targets:
-            apart = address + target - self._stubs
-            if 0 <= apart < self._stubs_size and not apart % self._stub_bytes:
+            there = address + target
+            if there in stubs:
                 continue
-            there = begin + target
             if 0 <= target < length:
-                if target and target not in starts and target not in scan(code).starts:
+                if target and target not in (starts or scan(code).starts):
                     raise Rejected("jump into an instruction", target)
-            elif not 0 <= there < self._size or marks[there] != _ENTRY:
+            elif not self._is_entry(there):
                 raise Rejected("jump to where no instruction is known to begin", target)
-        if ended == length > _JMP_BYTES and unit[length - 4] == _SITE:
-            unit[length - _JMP_BYTES] = _TRAILING
-        marks[begin:begin + length] = unit
+        marks[begin:begin + length] = _UNIT[:length]
+        for site in sites:
+            marks[begin + site] = _SITE
+        if end == length > _JMP_BYTES and length - 4 in sites:
+            marks[begin + length - _JMP_BYTES] = _TRAILING
+        return code
 
     def patch(self, site: int, target: int) -> bytes:
         """The four bytes that make the accepted jump with its displacement at `site` go to `target`."""
         if self._mark(site) != _SITE:
             raise Rejected("no jump of an accepted unit", site)
-        if not self._is_entry(target) and not self.layout.is_stub(target):
+        if target not in self._stubs and self._mark(target) != _ENTRY:
             raise Rejected("jump to where no instruction is known to begin", site)
-        return _REL32.pack(target - site - 4)
+        return _rel32(target - site - 4)
 
     def retract(self, address: int, length: int) -> None:
         """The units in a range, which begins where one does and ends where one or several end, are gone.

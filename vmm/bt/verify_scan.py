@@ -2,9 +2,9 @@
 """Code gone over instruction by instruction, and what is remembered of that.
 
 Whether instructions are allowed depends on nothing before or behind them, and the value of a displacement or
-immediate is no matter to most.  So a part of a unit that was gone over once need not be again wherever it
-comes up: it is known by its *stem*, all its bytes but for a displacement or immediate at its very end that
-may be anything.  Where a jump leads is not remembered: that is looked at each time.
+immediate is no matter to most.  So instructions that were gone over once need not be again wherever they come
+up: they are known by their *stem*, all their bytes but for a displacement or immediate at the very end that
+may be anything, the *operand*.  Where a jump leads is not remembered: that is looked at each time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from vmm.bt.verify_automaton import Jump, Node, Rejected, root
 
 #: stems known before all are forgotten: what a guest can make us keep is bounded
 _MOST_STEMS = 20_000
-#: what a stem stands for: the length of the part that begins like this; whether it ends in a direct jump with
-#: a 32-bit displacement; whether what is behind it is not executed
-LENGTH, JUMPS, STOPS = 0xFF, 0x100, 0x200
-#: a stem of which that cannot be said
-_UNKNOWN = 0
+#: what a stem stands for: the length of the operand behind it; whether that is the displacement of a direct
+#: jump; whether what is behind it is not executed
+OPERAND, JUMPS, STOPS = 0xFF, 0x100, 0x200
+#: a stem of which that cannot be said: no length
+UNKNOWN = -1
 
 _ROOT = root()
 
@@ -78,13 +78,14 @@ def scan(code: bytes, at: int = 0) -> Scan:
 class Stems(dict[bytes, int]):
     """What each stem stands for, worked out when it is asked for.
 
-    Invariant: code that begins with a known stem is whole instructions for as long as is noted, whatever is
-    behind the stem; the last of them alone, and only if so noted, is a jump.
+    Invariant: a known stem with as many bytes behind it as is noted, whatever they are, is whole instructions
+    that may be executed.  The last of them alone, and only if so noted, is a jump that leads elsewhere; any
+    other leads to one of these instructions or to what is behind them.
     """
 
     def __missing__(self, stem: bytes) -> int:
         found = _work_out(stem)
-        if found != _UNKNOWN:
+        if found != UNKNOWN:
             if len(self) >= _MOST_STEMS:
                 self.clear()
             self[stem] = found
@@ -95,10 +96,13 @@ def _work_out(stem: bytes) -> int:
     """Go over a stem: of what it does not have, nothing may matter."""
     at, end = 0, len(stem)
     flags = 0
+    starts: set[int] = set()
+    inside: set[int] = set()
     try:
         while at < end:
-            if flags:       # a jump in the middle
-                return _UNKNOWN
+            if flags:       # there is more behind a jump that leads elsewhere, or that is always taken
+                return UNKNOWN
+            starts.add(at)
             step: object = _ROOT
             while isinstance(step, Node):
                 step = step[stem[at]]
@@ -106,14 +110,22 @@ def _work_out(stem: bytes) -> int:
             if isinstance(step, int):
                 at += step
             elif isinstance(step, Jump):
-                if step.width not in (0, 4) or at != end:
-                    return _UNKNOWN
-                at += step.width
-                flags = (JUMPS if step.width else 0) | (STOPS if step.stops else 0)
+                width, stops = step
+                site, at = at, at + width
+                if width == 1 and not stops and at <= end:
+                    inside.add(at + int.from_bytes(stem[site:at], "little", signed=True))
+                elif width == 1 or site != end:
+                    return UNKNOWN
+                else:
+                    flags = (JUMPS if width else 0) | (STOPS if stops else 0)
             else:
                 at = step(stem, at)     # type: ignore[operator]
                 if at > end:
-                    return _UNKNOWN
+                    return UNKNOWN
     except (IndexError, Rejected):
-        return _UNKNOWN
-    return at | flags if at <= LENGTH else _UNKNOWN
+        return UNKNOWN
+    if not stem or not inside <= starts | {at}:
+        return UNKNOWN
+    if at in inside:        # what is behind it is executed
+        flags &= ~STOPS
+    return at - end | flags
