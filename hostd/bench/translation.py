@@ -143,7 +143,10 @@ def _cache() -> Iterator[TranslationCache]:
 
 
 def measure(settings: Settings, wanted: frozenset[str]) -> Mapping[str, Samples]:
-    """CPU time, so that other load on the host does not count.  Each run begins without any template."""
+    """CPU time, so that other load on the host does not count.
+
+    Each run begins without any template or stem, in a process that has decoded this code before.
+    """
     work = corpus(max(settings.operations // _OPERATIONS, 1))
     with _cache() as cache:
         steps = plan(cache, work)

@@ -315,25 +315,26 @@ class TranslationCache:
 
         The others lead to their stubs.  The jumps, and which of them are chained, as in `Translation`.
         """
-        packed = chained = 0
+        packed = chained = shift = 0
+        bit = 1
         parts, units, bridges = draft.parts, page.units, page.bridges
-        stubs, site = self._arena.stub(stub), length - 4
-        end = address + length
-        for number, (leads, behind, part) in enumerate(draft.exits):
+        end, site = address + length, length - 4
+        out = self._arena.stub(stub) - end
+        for leads, behind, part in draft.exits:
             there = leads & WHERE
             found = units.get(there)
             if found is None and bridges:
                 found = bridges.get(there)
             if found is not None:
-                to = found.address
-                chained |= 1 << number
+                parts[part] = _rel32(found.address - end + behind)
+                chained |= bit
             elif there == offset:
-                to = address
-                chained |= 1 << number
+                parts[part] = _rel32(behind - length)
+                chained |= bit
             else:
-                to = stubs + number * STUB_BYTES
-            parts[part] = _rel32(to - end + behind)
-            packed |= (site - behind << SITE | leads) << number * BITS
+                parts[part] = _rel32(out + behind)
+            packed |= (site - behind << SITE | leads) << shift
+            bit, shift, out = 2, BITS, out + STUB_BYTES
         return packed, chained
 
     def _elides(self, edge: Edge, length: int) -> bool:
@@ -342,7 +343,7 @@ class TranslationCache:
         end = source.length
         return (source.address + end == placed.next and end == (edge.packed >> SITE) + 4 > _JMP_BYTES
                 and source.alive and placed.next - _JMP_BYTES + length <= placed.limit
-                and not placed.is_empty)
+                and placed.next != placed.begin)
 
     def _next_region(self) -> None:
         """Go on in the region used longest ago, whose units die."""

@@ -33,8 +33,8 @@ class Regions:
         self._regions = [_Region(begin + number * self._bytes) for number in range(_REGIONS)]
         self._number = 0
         self._current = self._regions[0]
-        #: behind the last unit of the current region
-        self.next = begin
+        #: of the current region: where it begins, behind its last unit, and where it ends
+        self.begin = self.next = begin
         self.limit = begin + self._bytes
 
     def __len__(self) -> int:
@@ -45,16 +45,11 @@ class Regions:
         for region in self._regions:
             yield from region.units
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was put into the current region yet."""
-        return self.next == self._current.begin
-
     def advance(self) -> list[Translation]:
         """Go on in the region used longest ago; the units in it, which are to be removed."""
         self._number = (self._number + 1) % _REGIONS
         self._current = region = self._regions[self._number]
-        self.next = region.begin
+        self.begin = self.next = region.begin
         self.limit = region.begin + self._bytes
         return list(region.units)
 

@@ -76,9 +76,7 @@ class Translation:
         """The instruction it leaves to the monitor."""
         for number, one in enumerate(exits.each(self.exits)):
             if one & CALLOUT:
-                found = self.leaves_by(self.stub + number)
-                assert isinstance(found, Callout)
-                return found
+                return self.callout_at(one & PAGE_MASK, self.stub + number)
         return None
 
     @property
@@ -91,13 +89,9 @@ class Translation:
         """The guest instruction to which the host code at `offset` belongs."""
         return self.eip + shape.find(self.shape, offset)[0] & 0xFFFF_FFFF
 
-    def leaves_by(self, stub: int) -> Edge | Callout:
-        """What one of its stubs stands for."""
-        number = stub - self.stub
-        one = self.exits >> BITS * number & ONE
-        if not one & CALLOUT:
-            return Edge(self, number, one)
-        page, at = self.page, one & PAGE_MASK
+    def callout_at(self, at: int, stub: int) -> Callout:
+        """The instruction at an offset in the page, which it leaves to the monitor by this stub."""
+        page = self.page
         code = (page.code[at:self.offset + self.guest_bytes] + self.tail).ljust(15, b"\0")
         form = decode(code, 0, page.mode.code32)
         return Callout(page.base + at, form, code[:form.length], stub, at in page.simulated)
@@ -192,9 +186,11 @@ class Stubs:
         owner = self._owners[number]
         if not isinstance(owner, Translation):
             return owner
-        found = owner.leaves_by(number)
-        if isinstance(found, Callout):
-            self._owners[number] = found
+        which = number - owner.stub
+        one = owner.exits >> BITS * which & ONE
+        if not one & CALLOUT:
+            return Edge(owner, which, one)
+        found = self._owners[number] = owner.callout_at(one & PAGE_MASK, number)
         return found
 
     def __iter__(self) -> Iterator[Edge | Callout | None]:

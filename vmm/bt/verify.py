@@ -23,7 +23,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from vmm.bt.verify_automaton import Rejected
@@ -88,7 +88,7 @@ class Verifier:
             raise Rejected("unit outside the arena, or of no possible length")
         if marks[begin:begin + length].rstrip(b"\0") not in _REPLACEABLE:
             raise Rejected("over another unit")
-        starts: set[int] = set()
+        starts: Collection[int] = ()
         sites: list[int] = []
         targets: list[int] = []
         end = -1
