@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The books of machine memory: who has which frames, and that none is lost, however a worker ends.
 
-Shared frames are counted by what the daemon knows, not by what the P2M says at the moment: a guest that was
-part of a clone is charged with the frames it then shared, and each is taken off its charge once, when its
-worker reports that the guest broke the share, or when the guest goes.  So a worker that dies with a report
-unsent, and a report that comes after the fact, both leave the books right.
+Shared frames and slots are counted by what the daemon knows, not by what the P2M says at the moment: each
+page of a guest is charged with the frame, or the slot, that it was given in common with others, and it is
+taken off the charge once, when its worker reports that the page let go of it, or when the guest goes.  So a
+worker that dies with a report unsent, and a report that comes after the fact, both leave the books right.
+
+Frames that a guest had for itself and lets go of are on loan to its worker, who answers for them from Adopt
+on: reported, they are free; unreported, they come back when the worker dies.
 """
 
 from __future__ import annotations
@@ -17,47 +20,41 @@ import numpy as np
 
 from hostd.errors import Failed, Invalid
 from hostd.model import PAGE, FrameCounts
+from hostd.stores import Stores
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import Extent, FrameAllocator, Magazine
-from vmm.memory.pool import Pool
+from vmm.memory.p2mbits import FRAME_MASK, STORED
+from vmm.memory.pool import PAGE_SHIFT, Pool
 
-#: the borrower of frames that the daemon itself fills when it loads a guest; workers come after it
+#: the borrower of frames that the daemon itself fills; workers come after it
 LOADER = 0
 
 
 class Charge:
-    """The shared frames one guest is counted for."""
+    """What the pages of one guest were given that others may have as well; 0 is nothing."""
 
-    def __init__(self, frames: np.ndarray, snapshot: int) -> None:
-        #: ascending; never changed, so that clones of one template have one array
-        self.frames = frames
-        self.snapshot = snapshot
-        self._left = np.ones(len(frames), dtype=bool)
-
-    def drop(self, frames: Sequence[int]) -> np.ndarray:
-        """Those of `frames` that were still charged; they are no more."""
-        places = np.searchsorted(self.frames, np.unique(np.array(frames, dtype=np.int64)))
-        places = places[places < len(self.frames)]
-        places = places[self._left[places] & np.isin(self.frames[places], frames)]
-        self._left[places] = False
-        return self.frames[places]
-
-    def left(self) -> np.ndarray:
-        """The frames still charged."""
-        return self.frames[self._left]
+    def __init__(self, pages: int) -> None:
+        #: frame, and slot, of each page
+        self.frames = np.zeros(pages, dtype=np.uint32)
+        self.slots = np.zeros(pages, dtype=np.uint64)
+        #: guests with the same number, not 0, share frames that have not changed since they were first shared
+        self.snapshot = 0
 
 
 class Books:
     """The ledger of the pool."""
 
-    def __init__(self, pool: Pool) -> None:
+    def __init__(self, pool: Pool, stores: Stores | None = None) -> None:
         self._pool = pool
         self._allocator = FrameAllocator(pool)
-        #: blocks of all guests that have memory, by first frame
+        self.stores = stores or Stores()
+        #: blocks of all guests that have memory, and their charges, by first frame
         self._blocks: dict[int, VmBlock] = {}
         self._charges: dict[int, Charge] = {}
         self._snapshots = itertools.count(1)
+        #: owners of shared frames that are not guests (see `pin`)
+        self._pins = 0
 
     # --- guests
 
@@ -73,8 +70,14 @@ class Books:
         """A guest's memory with nothing in it."""
         with _short_of_memory():
             block = new_block(self._allocator, memory_bytes)
-        self._blocks[block.first] = block
+        self._open(block)
         return block
+
+    def _open(self, block: VmBlock) -> Charge:
+        self._blocks[block.first] = block
+        charge = self._charges[block.first] = Charge(block.pages)
+        block.p2m.fetch = self.stores.fetch
+        return charge
 
     def frames_for_loading(self, count: int) -> Magazine:
         """Exactly the frames that the initial contents of a guest take."""
@@ -85,33 +88,115 @@ class Books:
         """A second guest with the memory of `source`, which no worker has."""
         with _short_of_memory():
             block = clone_block(self._allocator, source)
-        self._blocks[block.first] = block
-        shared = np.sort(FrameAllocator.split(source.leaf())[1])
-        charge = self._charges.get(source.first)
-        if charge is None or not np.array_equal(charge.frames, shared):
-            charge = self._charges[source.first] = Charge(shared, next(self._snapshots))
-        self._charges[block.first] = Charge(charge.frames, charge.snapshot)
+        ours, charge = self._charges[source.first], self._open(block)
+        shared = _shared_frames(source)
+        if not ours.snapshot or not np.array_equal(ours.frames, shared):
+            ours.frames, ours.snapshot = shared, next(self._snapshots)
+        charge.frames, charge.snapshot = shared.copy(), ours.snapshot
+        leaf = source.leaf()
+        stored = np.flatnonzero(leaf & np.uint64(STORED))
+        charge.slots[stored] = _numbers(leaf[stored])
+        self.stores.retain(charge.slots[stored])
         return block
 
     def snapshot(self, block: VmBlock) -> int:
         """The number of the moment since which its shared frames have not changed; 0: none."""
-        charge = self._charges.get(block.first)
-        return charge.snapshot if charge is not None else 0
+        return self._charges[block.first].snapshot
 
     def free(self, block: VmBlock) -> None:
         """A guest that no worker has any more is gone."""
         del self._blocks[block.first]
-        charge = self._charges.pop(block.first, None)
-        if charge is not None:
-            _, shared = FrameAllocator.split(block.leaf())
-            self._allocator.drop(np.setdiff1d(charge.left(), shared))
+        charge = self._charges.pop(block.first)
+        self._allocator.drop(charge.frames[charge.frames != 0])
+        self.stores.release(charge.slots[charge.slots != 0])
+        leaf = block.leaf()
+        leaf[FrameAllocator.is_shared(leaf)] = 0        # what is shared is in the charge
         free_block(self._allocator, block)
 
-    def dropped(self, block: VmBlock, frames: Sequence[int]) -> None:
-        """The guest broke the shares of these frames."""
-        charge = self._charges.get(block.first)
-        if charge is not None:
-            self._allocator.drop(charge.drop(frames))
+    # --- what workers report of guests
+
+    def adopted(self, block: VmBlock, worker: int) -> None:
+        """The guest goes to a worker."""
+        self._allocator.settle(worker + 1, block.leaf())
+
+    def reported(self, block: VmBlock, dropped: Sequence[int], freed: Sequence[int],
+                 fetched: Sequence[int]) -> None:
+        """Pages of the guest let go of their shared frames, frames it had for itself are given back, and
+        pages have no use for their slots any more.  Raises ValueError for what cannot be."""
+        charge = self._charges[block.first]
+        if any(not 0 <= page < block.pages for page in (*dropped, *fetched)):
+            raise ValueError("a page beyond the guest's memory")
+        self._drop(charge, np.array(dropped, dtype=np.int64))
+        self._release(charge, np.array(fetched, dtype=np.int64))
+        self._give_back(np.array(freed, dtype=np.int64))
+
+    def _drop(self, charge: Charge, pages: np.ndarray) -> None:
+        frames = charge.frames[pages]
+        charge.frames[pages] = 0
+        self._allocator.drop(frames[frames != 0])
+
+    def _release(self, charge: Charge, pages: np.ndarray) -> None:
+        slots = charge.slots[pages]
+        charge.slots[pages] = 0
+        self.stores.release(slots[slots != 0])
+
+    def _give_back(self, frames: np.ndarray) -> None:
+        if not len(frames):
+            return
+        if frames.min() < 1 or frames.max() >= self._pool.frames or not self._allocator.lent(frames):
+            raise ValueError("a frame that was not lent")
+        self._allocator.give_back(frames)
+
+    # --- for the host's sake (vmm/memory/reclaim.py); `pages` are those for which it was done
+
+    def frozen(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray) -> None:
+        """Private frames of the guest became shared ones."""
+        charge = self._charges[block.first]
+        charge.snapshot = 0
+        charge.frames[pages] = frames
+        self._allocator.adopt_shared(frames)
+
+    def pin(self, frames: np.ndarray) -> None:
+        """One owner more for shared frames, who is no guest.  While they are pinned nobody reuses them."""
+        self._pins += len(frames)
+        self._allocator.retain(frames)
+
+    def unpin(self, frames: np.ndarray) -> None:
+        """The end of a pin, or of one that `merged` did not use up."""
+        self._pins -= len(frames)
+        self._allocator.drop(frames)
+
+    def shares(self, frames: np.ndarray) -> np.ndarray:
+        """How many owners each of these shared frames has, pins included."""
+        return self._allocator.shares(frames)
+
+    def merged(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray, freed: np.ndarray) -> None:
+        """Pages share `frames` now; they had been pinned once for each page, and the pin is used up."""
+        charge = self._charges[block.first]
+        charge.snapshot = 0
+        charge.frames[pages] = frames
+        self._pins -= len(frames)
+        self._give_back(freed)
+
+    def zeroed(self, freed: np.ndarray) -> None:
+        """Pages full of zeros gave up their frames."""
+        self._give_back(freed)
+
+    def stored(self, block: VmBlock, pages: np.ndarray, slots: np.ndarray) -> None:
+        """Pages let go of their shared frames; what was in them is in `slots`, which they own now."""
+        charge = self._charges[block.first]
+        self._drop(charge, pages)
+        charge.slots[pages] = slots
+
+    def refer(self, block: VmBlock, pages: np.ndarray, slots: np.ndarray) -> None:
+        """Pages of a guest without frames: what is to be in them is in `slots`, which they own now."""
+        self._charges[block.first].slots[pages] = slots
+        block.leaf()[pages] = slots << np.uint64(PAGE_SHIFT) | np.uint64(STORED)
+
+    def stores_of(self, block: VmBlock) -> list[int]:
+        """Numbers of the stores in which pages of the guest are."""
+        slots = self._charges[block.first].slots
+        return [int(number) for number in np.unique(slots[slots != 0] >> np.uint64(32))]
 
     # --- workers
 
@@ -126,17 +211,44 @@ class Books:
 
     # --- the books
 
+    def free_frames(self) -> int:
+        """Frames nobody has."""
+        return self._allocator.free_frames()
+
     def counts(self) -> FrameCounts:
         count = self._allocator.count(self._leaves())
         return FrameCounts(total=count.total, free=count.free, granted=count.on_loan, private=count.private,
                            shared=count.shared, overhead=count.overhead)
 
     def check(self) -> list[str]:
-        """Every disagreement between ledger and guests, a sentence each."""
-        return self._allocator.check(self._leaves())
+        """Every disagreement between ledger and guests, a sentence each.
+
+        What workers have not reported yet shows as one: true is what two checks say, all workers having
+        answered in between.
+        """
+        wrong = self._allocator.check(self._leaves())
+        for block in self._blocks.values():
+            charge, leaf = self._charges[block.first], block.leaf()
+            for page in np.flatnonzero(_shared_frames(block) & ~charge.frames)[:4].tolist():
+                wrong.append(f"page {page} of the guest at {block.first} shares a frame without charge")
+            stored = (leaf & np.uint64(STORED)) != 0
+            for page in np.flatnonzero(stored & (_numbers(leaf) != charge.slots))[:4].tolist():
+                wrong.append(f"page {page} of the guest at {block.first} is in a slot it does not own")
+        return wrong
 
     def _leaves(self) -> list[np.ndarray]:
         return [block.leaf() for block in self._blocks.values()]
+
+
+def _numbers(entries: np.ndarray) -> np.ndarray:
+    """Slots or frames in P2M entries."""
+    return (entries & np.uint64(FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+
+
+def _shared_frames(block: VmBlock) -> np.ndarray:
+    """The shared frame of each page, 0 where it has none."""
+    leaf = block.leaf()
+    return np.where(FrameAllocator.is_shared(leaf), _numbers(leaf), np.uint64(0)).astype(np.uint32)
 
 
 @contextmanager

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 #: how long a guest may take to power off, when the user does not say
 STOP_TIMEOUT_S = 30.0
 COLLECT_INTERVAL_S = 600.0
+SWAP_BYTES = 4 << 30
 
 
 class Host:
@@ -72,7 +73,7 @@ class Host:
         self.metrics_url: str | None = None
         self._inventory = Inventory(config.state_dir)
         self._images = Images(config.state_dir)
-        self._memory = MachineMemory(config.pool_bytes)
+        self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap", SWAP_BYTES)
         self._guests = Guests(nursery, self._memory, self._images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
         options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6)),

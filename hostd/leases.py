@@ -75,6 +75,7 @@ class Leases:
         self._adopting: dict[str, tuple[Trigger, Reply[None]]] = {}
         self._releasing: dict[str, Reply[protocol.Released]] = {}
         self._listing: dict[str, Reply[protocol.Listing]] = {}
+        self._reclaiming: dict[str, Reply[protocol.Reclaimed]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
         self._on: dict[type, Callable[[Worker, Any], None]] = {
@@ -85,7 +86,9 @@ class Leases:
             protocol.Console: self._on_console,
             protocol.Listing: self._on_listing,
             protocol.NeedFrames: self._on_need_frames,
-            protocol.Dropped: self._on_dropped,
+            protocol.Reported: self._on_reported,
+            protocol.Reclaimed: self._on_reclaimed,
+            protocol.BalloonView: self._on_balloon,
         }
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0) -> None:
@@ -99,10 +102,12 @@ class Leases:
         self._held[vm.lease] = vm
         reply = Reply[None]()
         self._adopting[vm.lease] = trigger, reply
+        books = self._memory.books
+        books.adopted(vm.block, worker.index)
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
-            since_ns=since_ns, snapshot=self._memory.books.snapshot(vm.block),
-            weight=vm.definition.weight, cap=vm.definition.cap))
+            since_ns=since_ns, snapshot=books.snapshot(vm.block),
+            weight=vm.definition.weight, cap=vm.definition.cap, stores=books.stores.paths()))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()
@@ -121,6 +126,15 @@ class Leases:
         assert vm.worker is not None and vm.lease not in self._listing
         reply = self._listing[vm.lease] = Reply[protocol.Listing]()
         vm.worker.send(protocol.ListTranslations(vm.lease, address))
+        return await reply.wait()
+
+    async def reclaim(self, vm: Vm, what: protocol.Reclaiming, pages: bytes, frames: bytes = b"",
+                      slots: bytes = b"") -> protocol.Reclaimed:
+        """Have the guest's worker do something to its pages; one at a time may.  Raises Conflict if the guest
+        ends first, Failed if the worker does."""
+        assert vm.worker is not None and vm.lease not in self._reclaiming
+        reply = self._reclaiming[vm.lease] = Reply[protocol.Reclaimed]()
+        vm.worker.send(protocol.Reclaim(vm.lease, what, pages, frames, slots))
         return await reply.wait()
 
     def _hand_back(self, vm: Vm) -> None:
@@ -157,8 +171,9 @@ class Leases:
         _, adopting = self._adopting.pop(vm.lease, (None, None))
         releasing = self._releasing.pop(vm.lease, None)
         listing = self._listing.pop(vm.lease, None)
+        reclaiming = self._reclaiming.pop(vm.lease, None)
         self._hand_back(vm)
-        for reply in adopting, releasing, listing:
+        for reply in adopting, releasing, listing, reclaiming:
             if reply is not None:
                 reply.fail(error)
 
@@ -209,13 +224,26 @@ class Leases:
         for worker, count in list(self._hungry.items()):
             self._on_need_frames(worker, protocol.NeedFrames(count))
 
-    def _on_dropped(self, worker: Worker, message: protocol.Dropped) -> None:
+    def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
         block = self._held[message.vm].block
-        if block is not None:
-            self._memory.books.dropped(block, message.frames)
+        if block is None:
+            return
+        try:
+            self._memory.books.reported(block, message.dropped, message.freed, message.fetched)
+        except ValueError as error:
+            raise protocol.ProtocolError(f"a report about {message.vm} that cannot be: {error}") from None
+        if message.freed:
+            self.feed_hungry()
+
+    def _on_reclaimed(self, worker: Worker, message: protocol.Reclaimed) -> None:
+        _expected(self._reclaiming, message).set(message)
+
+    def _on_balloon(self, worker: Worker, message: protocol.BalloonView) -> None:
+        self._held[message.vm].balloon = message
 
 
-def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released | protocol.Listing) -> T:
+def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released | protocol.Listing
+              | protocol.Reclaimed) -> T:
     """What waits for this answer."""
     try:
         return replies.pop(message.vm)

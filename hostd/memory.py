@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hostd.errors import Failed
@@ -17,7 +18,8 @@ class MachineMemory:
     """The pool is there at once, for the workers to map; the books are opened with their first use, because
     numpy, in which they are kept, would be a fifth of the daemon's start."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, swap_path: Path | None = None, swap_bytes: int = 0) -> None:
+        self._swap = swap_path, swap_bytes
         try:
             self.pool = Pool(size)
         except OSError as error:
@@ -26,5 +28,8 @@ class MachineMemory:
     @cached_property
     def books(self) -> Books:
         from hostd.books import Books
+        from hostd.stores import Stores
+        from hostd.swapfile import SwapFile
 
-        return Books(self.pool)
+        path, limit = self._swap
+        return Books(self.pool, Stores(SwapFile(path, limit) if path is not None and limit else None))

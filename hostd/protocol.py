@@ -24,6 +24,7 @@ MAX_MESSAGE = 16 << 20
 MAX_CHUNK = 64 << 10
 
 Request = Literal["adopt", "release"]
+Reclaiming = Literal["freeze", "merge", "zeros", "store", "watch"]
 #: how a guest can end by itself
 Ending = Literal["poweroff", "reset", "crashed", "exit"]
 
@@ -49,6 +50,8 @@ class Adopt(Message, frozen=True):
     snapshot: int
     weight: int
     cap: int
+    #: (number, path) of the files in which pages of the guest are
+    stores: list[tuple[int, str]] = []
 
 
 class Release(Message, frozen=True):
@@ -74,6 +77,30 @@ class PowerButton(Message, frozen=True):
     """Press the ACPI power button."""
 
     vm: str
+
+
+class Reclaim(Message, frozen=True):
+    """Do something to pages of this guest for the host's sake (vmm/memory/reclaim.py).  The pages and what
+    goes with them, frames or slots, are arrays of u64.  Answer: Reclaimed, or none if the guest has ended."""
+
+    vm: str
+    what: Reclaiming
+    pages: bytes
+    frames: bytes = b""
+    slots: bytes = b""
+
+
+class SetBalloon(Message, frozen=True):
+    """Ask the guest to give back so many pages in all, and how its memory is doing."""
+
+    vm: str
+    pages: int
+
+
+class CloseStore(Message, frozen=True):
+    """No guest needs anything from this file any more."""
+
+    number: int
 
 
 class ListTranslations(Message, frozen=True):
@@ -159,11 +186,35 @@ class NeedFrames(Message, frozen=True):
     count: int
 
 
-class Dropped(Message, frozen=True):
-    """Shared frames that copy-on-write breaks of this guest let go."""
+class Reported(Message, frozen=True):
+    """What pages of this guest let go of: pages that had shared frames, private frames that were given back,
+    and pages that need their slot no more."""
 
     vm: str
-    frames: list[int]
+    dropped: list[int]
+    freed: list[int]
+    fetched: list[int]
+
+
+class Reclaimed(Message, frozen=True):
+    """The pages for which what was asked is done, and the frames that came of it (u64 arrays)."""
+
+    vm: str
+    pages: bytes
+    frames: bytes
+
+
+class BalloonView(Message, frozen=True):
+    """How the memory of this guest is doing, as its driver says: pages it has given back, and its statistics
+    by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one."""
+
+    vm: str
+    driver: bool
+    pages: int
+    statistics: dict[str, int]
+    #: pages ever taken into the balloon, and reported as free
+    inflated: int = 0
+    reported: int = 0
 
 
 class Pong(Message, frozen=True):
@@ -176,8 +227,10 @@ class Pong(Message, frozen=True):
     translator: TranslatorView = TranslatorView()
 
 
-ToWorker = Adopt | Release | Input | SetShare | PowerButton | ListTranslations | Grant | Ping | Quit
-ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Dropped | Pong)
+ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | SetBalloon | CloseStore
+            | ListTranslations | Grant | Ping | Quit)
+ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Reported
+            | Reclaimed | BalloonView | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -7,12 +7,18 @@ import logging
 import time
 from collections.abc import Callable
 
-from hostd.protocol import Adopt, Listing
+import numpy as np
+
+from hostd.openslots import OpenSlots
+from hostd.protocol import Adopt, BalloonView, Listing, Reclaim, Reclaimed, Reported
 from hostd.scheduler import Usage
 from hostd.translator import MAX_UNITS, Translator, excerpt
 from vmm.machine import VirtualMachine
+from vmm.memory import reclaim as reclaiming
 from vmm.memory.block import VmBlock
+from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import FrameSource
+from vmm.memory.records import StoreError
 from vmm.monitor import Stop, StopReason
 from vmm.silicon.cpu import Cpu, CpuShutdown
 from vmm.state import decode, encode
@@ -24,7 +30,7 @@ class Resident:
     """Raises StateError for a state that cannot be loaded."""
 
     def __init__(self, adopt: Adopt, cpu: Cpu, block: VmBlock, frames: FrameSource, tsc_khz: int,
-                 console: Callable[[bytes], None], translator: Translator) -> None:
+                 console: Callable[[bytes], None], translator: Translator, slots: OpenSlots) -> None:
         self.lease = adopt.vm
         #: CLOCK_MONOTONIC ns of its entry among the worker's alarms that counts
         self.alarm: int | None = None
@@ -34,6 +40,9 @@ class Resident:
             state.time_ns += passed
             state.cpu.tsc = state.cpu.tsc + passed * tsc_khz // 1_000_000 & (1 << 64) - 1
         self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz, translator.engine)
+        self._p2m = block.p2m
+        self._slots = slots
+        block.p2m.fetch = self._fetch
         self.machine.resume_clock()
         self._accounting = block.accounting
         # what it had before it came here; the run queue counts from zero
@@ -53,6 +62,41 @@ class Resident:
         except Exception as error:
             log.exception("the monitor failed", extra={"vm": self.lease})
             return Stop(StopReason.CRASHED, f"the monitor failed: {type(error).__name__}: {error}")
+
+    def _fetch(self, slot: int, into: memoryview) -> None:
+        """Read a page that is in a file.  If that cannot be, the guest is lost."""
+        try:
+            self._slots.fetch(slot, into)
+        except StoreError as error:
+            self.machine.lost = f"a page of its memory is lost: {error}"
+            raise OutOfFrames(str(error)) from None
+
+    def reclaim(self, request: Reclaim) -> Reclaimed:
+        """Do what the host asks to pages of the guest."""
+        self.machine.leave_cpu()
+        pages, frames, slots = (np.frombuffer(array, dtype=np.int64)
+                                for array in (request.pages, request.frames, request.slots))
+        done, came = reclaiming.carry_out(request.what, self._p2m, pages, frames, slots)
+        return Reclaimed(self.lease, done.astype(np.int64).tobytes(), came.astype(np.int64).tobytes())
+
+    def set_balloon(self, pages: int) -> BalloonView:
+        """Ask the guest for `pages` in all, and for its statistics; the answer is what it said before."""
+        balloon = self.machine.balloon
+        if balloon.target_pages != pages:
+            balloon.target_pages = pages
+        view = BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics),
+                           balloon.counters["inflated"], balloon.counters["reported"])
+        balloon.request_statistics()
+        return view
+
+    def take_report(self) -> Reported | None:
+        """What its pages have let go of since the last call, if anything."""
+        p2m = self._p2m
+        if not (p2m.dropped or p2m.freed or p2m.fetched):
+            return None
+        report = Reported(self.lease, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
+        p2m.dropped, p2m.freed, p2m.fetched = [], [], []
+        return report
 
     def listing(self, address: int | None) -> Listing:
         """Its translated code.  A mistake in showing it costs the guest nothing."""

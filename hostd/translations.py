@@ -33,6 +33,10 @@ class Translations:
             if snapshot:
                 self._snapshots.add(snapshot)
 
+    def forget_shared(self, frames: bytes) -> None:
+        """A guest is about to share frames (u64) that others wrote."""
+        self._forget(np.unique(np.frombuffer(frames, dtype=np.int64)))
+
     def _forget(self, frames: np.ndarray) -> None:
         if not len(frames):
             return

@@ -13,6 +13,7 @@ from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
 from hostd.model import PAGE, Definition, MemoryUsage, VmView
+from hostd.protocol import BalloonView
 from hostd.workers import Worker
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Vm:
         self.block: VmBlock | None = None
         self.worker: Worker | None = None
         self.lease = ""
+        #: what the guest's balloon driver said last, in this life
+        self.balloon: BalloonView | None = None
         #: its MachineState while no worker has it
         self.parked = b""
         #: cancelling it gives up a start, or the wait for a restart
@@ -89,6 +92,7 @@ class Vm:
     def begin_life(self) -> None:
         """The guest starts from its first instruction."""
         self.boots += 1
+        self.balloon = None
         self.born = trio.current_time()
         self.exit_status = None
 
@@ -104,7 +108,8 @@ class Vm:
         definition = self.definition
         accounts = self.ledger.accounts(self.block)
         pages = self.block.memory_counts() if self.block is not None else {}
-        memory_usage = MemoryUsage(**{kind: count * PAGE for kind, count in pages.items()})
+        memory_usage = MemoryUsage(**{kind: count * PAGE for kind, count in pages.items()
+                                       if kind in MemoryUsage.__struct_fields__})
         return VmView(
             name=self.name, state=self.state, reason=self.reason, vmm=definition.vmm,
             memory=definition.memory, weight=definition.weight, cap=definition.cap,

@@ -28,6 +28,7 @@ import unicorn
 
 from hostd import logs, protocol
 from hostd.model import BtCpu
+from hostd.openslots import OpenSlots
 from hostd.resident import Resident
 from hostd.scheduler import RunQueue
 from hostd.translations import Translations
@@ -35,6 +36,7 @@ from hostd.translator import NoTranslator, Translator
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
+from vmm.memory.records import StoreError
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import selftest
 from vmm.silicon.cpu import Cpu, new_engine
@@ -80,6 +82,7 @@ class WorkerLoop:
         self._tsc_khz = tsc_khz
         self._magazine = Magazine()
         self._translations = Translations(cpu)
+        self._slots = OpenSlots()
         self._queue = RunQueue(slice_ns)
         self._guests: dict[str, Resident] = {}
         #: (CLOCK_MONOTONIC ns, lease) of halted guests; an entry counts if it is its guest's `alarm`
@@ -96,6 +99,9 @@ class WorkerLoop:
             protocol.Input: self._on_input,
             protocol.SetShare: self._on_set_share,
             protocol.PowerButton: self._on_power_button,
+            protocol.Reclaim: self._on_reclaim,
+            protocol.SetBalloon: self._on_set_balloon,
+            protocol.CloseStore: self._on_close_store,
             protocol.ListTranslations: self._on_list_translations,
             protocol.Grant: self._on_grant,
             protocol.Ping: self._on_ping,
@@ -140,7 +146,7 @@ class WorkerLoop:
         self._after[stop.reason](guest, stop, ended)
         if guest.lease in self._guests:
             guest.account(self._queue.usage(guest.lease, ended))
-            self._report_dropped(guest)
+            self._report(guest)
         self._keep_stock()
         self._flush()
 
@@ -203,9 +209,10 @@ class WorkerLoop:
         try:
             block = VmBlock(self._pool, message.base_frame, message.memory_bytes)
             self._translations.forget_guest(block.leaf(), message.snapshot)
+            self._slots.open(message.stores)
             guest = Resident(message, self._cpu, block, self._magazine, self._tsc_khz,
-                             lambda data: self._say(lease, data), self._translator)
-        except (StateError, ValueError) as error:
+                             lambda data: self._say(lease, data), self._translator, self._slots)
+        except (StateError, StoreError, ValueError) as error:
             self._send(protocol.Refused(lease, "adopt", f"its state cannot be loaded: {error}"))
             return
         except NoTranslator as error:
@@ -243,6 +250,23 @@ class WorkerLoop:
         if message.vm in self._guests:
             self._queue.set_share(message.vm, message.weight, message.cap)
 
+    def _on_reclaim(self, message: protocol.Reclaim) -> None:
+        guest = self._guests.get(message.vm)
+        if guest is None:
+            return
+        if message.what == "merge":
+            self._translations.forget_shared(message.frames)
+        self._send(guest.reclaim(message))
+
+    def _on_set_balloon(self, message: protocol.SetBalloon) -> None:
+        guest = self._guests.get(message.vm)
+        if guest is not None:
+            self._send(guest.set_balloon(message.pages))
+            self._rouse(guest)
+
+    def _on_close_store(self, message: protocol.CloseStore) -> None:
+        self._slots.close(message.number)
+
     def _on_list_translations(self, message: protocol.ListTranslations) -> None:
         guest = self._guests.get(message.vm)
         if guest is not None:
@@ -279,14 +303,14 @@ class WorkerLoop:
     def _forget(self, guest: Resident, now: int) -> None:
         """Close the guest's books: it is not here any more."""
         guest.account(self._queue.remove(guest.lease, now))
-        self._report_dropped(guest)
+        self._report(guest)
         guest.close()
         del self._guests[guest.lease]
 
-    def _report_dropped(self, guest: Resident) -> None:
-        dropped = guest.machine.take_dropped()
-        if dropped:
-            self._send(protocol.Dropped(guest.lease, dropped))
+    def _report(self, guest: Resident) -> None:
+        report = guest.take_report()
+        if report is not None:
+            self._send(report)
 
     def _keep_stock(self) -> None:
         """Ask for frames before they run out."""

@@ -38,8 +38,9 @@ def read(block: VmBlock, page: int) -> bytes:
 
 def report(memory: Books, block: VmBlock) -> None:
     """What the worker does after a turn."""
-    dropped, block.p2m.dropped = block.p2m.dropped, []
-    memory.dropped(block, dropped)
+    p2m = block.p2m
+    memory.reported(block, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
+    p2m.dropped, p2m.freed, p2m.fetched = [], [], []
 
 
 @pytest.fixture

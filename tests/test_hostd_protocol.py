@@ -16,6 +16,9 @@ TO_WORKER = [
     protocol.Release("web#1"),
     protocol.Input("web#1", bytes(range(256))),
     protocol.SetShare("web#1", 1, 0),
+    protocol.Reclaim("web#1", "merge", bytes(8), bytes(8)),
+    protocol.SetBalloon("web#1", 4096),
+    protocol.CloseStore(3),
     protocol.PowerButton("web#1"),
     protocol.ListTranslations("web#1", None),
     protocol.ListTranslations("web#1", 0x101000),
@@ -32,7 +35,9 @@ TO_DAEMON = [
     protocol.Console("web#1", b"login:"),
     protocol.Listing("web#1", "00101000  mov ecx, edi", False),
     protocol.NeedFrames(1024),
-    protocol.Dropped("web#1", [1, 2, 3]),
+    protocol.Reported("web#1", [1, 2, 3], [9], []),
+    protocol.Reclaimed("web#1", b"", bytes(8)),
+    protocol.BalloonView("web#1", True, 5, {"free": 7}),
     protocol.Pong(7, [0, 1], 5, TranslatorView(units=3, used_bytes=4096)),
 ]
 

@@ -75,7 +75,7 @@ def test_nested_faults(machine: Machine) -> None:
     processor, gpa = machine.processor, 0x20_0000
     handler = HANDLERS[ExitCode.NPF]
     assert handler(processor, NestedFault(gpa, False))
-    assert machine.block.p2m.for_read(gpa) > 0
+    assert machine.block.p2m.for_read(gpa, machine.frames) > 0
     assert handler(processor, NestedFault(0xFEE0_0000, False))
     assert handler(processor, NestedFault((1 << 52) - 4096, True)), "an address no bus has"
     processor.frames = Magazine()

@@ -113,7 +113,7 @@ class Ledger(RuleBasedStateMachine):
         return [guest.block.leaf() for guest in self.guests]
 
     def report(self, guest: Guest) -> None:
-        self.allocator.drop(guest.block.p2m.dropped)
+        self.allocator.drop(frame for _, frame in guest.block.p2m.dropped)
         guest.block.p2m.dropped = []
 
     @rule(borrower=st.integers(0, BORROWERS - 1))

@@ -60,17 +60,19 @@ def nested_walk(p2m: P2M, gpa: int) -> int | None:
 @pytest.mark.parametrize("write", [False, True])
 def test_first_touch(ram: Ram, write: bool) -> None:
     assert nested_walk(ram.p2m, 0x5123) is None
-    assert ram.p2m.for_read(0x5123) == -1
+    assert ram.p2m.for_read(0x5123, ram.frames) == -1
     assert ram.p2m.fault(0x5123, write, ram.frames) is Outcome.MAPPED
     entry = nested_walk(ram.p2m, 0x5123)
     assert entry is not None and entry & ~FRAME_MASK == PRIVATE_BITS
-    assert ram.p2m.for_read(0x5123) == entry & FRAME_MASK | 0x123
-    assert ram.block.memory_counts() == {"assigned": PAGES, "resident": 1, "private": 1, "shared": 0}
+    assert ram.p2m.for_read(0x5123, ram.frames) == entry & FRAME_MASK | 0x123
+    assert ram.block.memory_counts() == {
+        "assigned": PAGES, "resident": 1, "private": 1, "shared": 0, "ballooned": 0, "stored": 0}
 
 
 def test_fault_beyond_the_memory(ram: Ram) -> None:
     assert ram.p2m.fault(MEMORY, True, ram.frames) is Outcome.NOT_RAM
-    for access in (lambda: ram.p2m.for_read(MEMORY), lambda: ram.p2m.for_write(MEMORY, ram.frames),
+    for access in (lambda: ram.p2m.for_read(MEMORY, ram.frames), lambda:
+                   ram.p2m.for_write(MEMORY, ram.frames),
                    lambda: ram.memory.read(MEMORY - 4, 8), lambda: ram.memory.write(MEMORY, b"x")):
         with pytest.raises(BadAddress, match="has no memory"):
             access()
@@ -98,12 +100,12 @@ def test_copy_on_write(ram: Ram) -> None:
         assert not (nested_walk(p2m, 0x3000) or 0) & WRITABLE
     assert block.p2m.fault(0x3000, False, ram.frames) is Outcome.MAPPED
     assert block.memory_counts()["shared"] == 1
-    old = block.p2m.for_read(0x3000) >> 12
+    old = block.p2m.for_read(0x3000, ram.frames) >> 12
     assert block.p2m.fault(0x3000, True, ram.frames) is Outcome.REMAPPED
     assert memory.read(0x3000, 8) == b"template"
     memory.write(0x3000, b"clone")
     assert ram.memory.read(0x3000, 8) == b"template"
-    assert (block.p2m.dropped, block.p2m.cow_breaks) == ([old], 1)
+    assert (block.p2m.dropped, block.p2m.cow_breaks) == ([(3, old)], 1)
     assert block.memory_counts()["shared"] == 0
 
 
@@ -186,7 +188,8 @@ def test_device_pages_beside_ram(ram: Ram) -> None:
     ram.memory.write_u32(MEMORY - 8, 5)
     ram.p2m.map_device(MEMORY, WINDOW + MEMORY)
     assert nested_walk(ram.p2m, MEMORY) == WINDOW + MEMORY | TABLE_BITS | DIRTY
-    assert (nested_walk(ram.p2m, MEMORY - 8) or 0) & FRAME_MASK == ram.p2m.for_read(MEMORY - 8) & FRAME_MASK
+    assert (nested_walk(ram.p2m, MEMORY - 8) or 0) & FRAME_MASK == (
+        ram.p2m.for_read(MEMORY - 8, ram.frames) & FRAME_MASK)
 
 
 @given(st.lists(st.integers(MEMORY >> 12, (1 << 27) - 1), min_size=1, max_size=60))

@@ -324,7 +324,7 @@ def test_translations_are_dropped_for_every_frame_named(rig: Rig) -> None:
     guest, _, block = new_guest(rig, setup)
     assert rig.cpu.vmrun(guest) == ExitCode.VMMCALL and rig.cpu.q[0] == 0x111
     for page, offset in ((1, 1), (2, 2), (8, 2)):
-        rig.pool.view[block.p2m.for_read(page * 4096 + offset)] += 1
+        rig.pool.view[block.p2m.for_read(page * 4096 + offset, rig.frames())] += 1
     frames = [block.p2m.leaf[page] >> 12 & 0xFFFFFF for page in (1, 2, 8)]
     rig.cpu.invalidate(min(frames), max(frames) - min(frames) + 1)
     guest.vmcb.rip = m.CODE

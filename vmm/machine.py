@@ -40,6 +40,8 @@ class VirtualMachine:
                  engine: Callable[[], TranslationEngine] | None = None) -> None:
         self.block = block
         self.frames = frames
+        #: why a page of the guest cannot be had any more, if that happened
+        self.lost = ""
         self.clock = GuestClock(tsc_khz, tsc.read, state.time_ns, state.cpu.tsc)
         self.board = Board(self.clock.now, time.time, self.clock.tsc, self.clock.tsc_to_ns, console,
                            self._on_reset, self._on_poweroff, self._on_debug_exit, state.memory_bytes,
@@ -69,6 +71,8 @@ class VirtualMachine:
         self.resume_clock()
         breaks = self.block.p2m.cow_breaks
         stop = self.processor.run(deadline_ns)
+        if self.lost:
+            stop = Stop(StopReason.CRASHED, self.lost)
         self.board.uart.flush()
         self.block.accounting.cow_breaks += self.block.p2m.cow_breaks - breaks
         return stop
@@ -110,10 +114,14 @@ class VirtualMachine:
                 return      # said next time, with a frame in stock
         self.block.accounting.steal_ns += ns
 
+    def leave_cpu(self) -> None:
+        """Off the CPU, before somebody else changes what its pages map to."""
+        self.processor.evict()
+
     def take_dropped(self) -> list[int]:
         """Frames of shares broken since the last call."""
         dropped, self.block.p2m.dropped = self.block.p2m.dropped, []
-        return dropped
+        return [frame for _, frame in dropped]
 
     # -- state -------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class Rig:
 
     def free(self, block: VmBlock) -> None:
         """A guest's memory is not needed any more, and what was translated from it is forgotten."""
-        self.allocator.drop(block.p2m.dropped)
+        self.allocator.drop(frame for _, frame in block.p2m.dropped)
         free_block(self.allocator, block)
         self.cpu.invalidate(0, self.pool.frames)
 

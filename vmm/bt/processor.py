@@ -30,7 +30,7 @@ from vmm.bt.native.trampolines import FAULT, MISS, PREEMPTED
 from vmm.bt.shadow import Device, Shadow
 from vmm.bt.silicon import DR6_BS, OnSilicon
 from vmm.bt.simulate import Simulator
-from vmm.bt.table import Unit
+from vmm.bt.table import Kind, Unit
 from vmm.bt.transfer import Transfer
 from vmm.bt.unitfaults import MOST_STEPS, Left, UnitFaults
 from vmm.bt.views import View
@@ -287,6 +287,9 @@ class TranslatingProcessor(Processor):
             if self.faults.simulate(callout):
                 return None if self.verdict is None else int(ExitCode.NPF)
             return self.silicon.step(fpu=True)
+        if callout.form.kind is Kind.UD:
+            # never to be tried on the silicon, which LOCK of a register operand makes abort the process
+            raise GuestFault(Vector.UD)
         handler = CALLOUTS.get(callout.form.entry.mnemonic)
         if handler is None:
             return self.silicon.step(callout.form.entry.unit is not Unit.INTEGER)

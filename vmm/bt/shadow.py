@@ -282,9 +282,8 @@ class Shadow:
         self._trace(source)
 
     def page_bytes(self, source: int) -> bytes:
-        """The bytes of a guest-physical page that has a frame."""
-        start = self._leaf[source] & FRAME_MASK
-        return bytes(self._p2m.pool.view[start:start + PAGE])
+        """The bytes of a guest-physical page."""
+        return self._p2m.contents(source)
 
     # -- traces ------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class Linear:
         else:
             gpa = translate(self.memory, self.paging(), address, WRITE if write else READ)
         if not write:
-            place = self._p2m.for_read(gpa)
+            place = self._p2m.for_read(gpa, self.memory.frames)
         else:
             place = self._p2m.for_write(gpa, self.memory.frames)
         if place >= 0 and q[at.CR] & CR0_PG and not q[at.CR + 4] & CR4_SMAP:

@@ -15,8 +15,9 @@ import numpy as np
 
 from vmm.memory.frames import FrameAllocator
 from vmm.memory.p2m import MAX_MEMORY, P2M
-from vmm.memory.p2mbits import ACCESSED, DIRTY, KIND_MASK, KIND_SHIFT, PRESENT, WRITABLE, Kind
+from vmm.memory.p2mbits import KIND_MASK, KIND_SHIFT, LOGGED, STORED, Kind
 from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
+from vmm.memory.reclaim import freeze
 from vmm.stats import Accounting, ExitStats
 
 _TABLES_AT = 3
@@ -60,14 +61,13 @@ class VmBlock:
         return np.frombuffer(self.p2m.leaf, dtype=np.uint64)
 
     def memory_counts(self) -> dict[str, int]:
-        """Pages of the guest by kind: assigned, resident, private, shared."""
+        """Pages of the guest by kind: assigned, resident (private or shared), ballooned, stored in a file."""
         leaf = self.leaf()
-        present = (leaf & np.uint64(PRESENT)) != 0
-        shared = int(np.count_nonzero(present & (
-            (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.SHARED << KIND_SHIFT))))
-        resident = int(np.count_nonzero(present))
-        return {"assigned": self.pages, "resident": resident,
-                "private": resident - shared, "shared": shared}
+        kinds = (leaf & np.uint64(KIND_MASK)) >> np.uint64(KIND_SHIFT)
+        private, shared, ballooned = (int(np.count_nonzero(kinds == np.uint64(kind)))
+                                      for kind in (Kind.PRIVATE, Kind.SHARED, Kind.BALLOONED))
+        return {"assigned": self.pages, "resident": private + shared, "private": private, "shared": shared,
+                "ballooned": ballooned, "stored": int(np.count_nonzero(leaf & np.uint64(STORED)))}
 
 
 def new_block(allocator: FrameAllocator, memory_bytes: int) -> VmBlock:
@@ -84,13 +84,9 @@ def clone_block(allocator: FrameAllocator, source: VmBlock) -> VmBlock:
     """
     block = new_block(allocator, source.memory_bytes)
     leaf = source.leaf()
-    present = (leaf & np.uint64(PRESENT)) != 0
-    private, _ = allocator.split(leaf)
-    allocator.adopt_shared(private)
-    keep = np.uint64(~(KIND_MASK | WRITABLE | DIRTY) & (1 << 64) - 1)
-    leaf[present] = leaf[present] & keep | np.uint64(Kind.SHARED << KIND_SHIFT | ACCESSED)
-    source.p2m.version += 1
-    block.leaf()[:] = leaf
+    allocator.adopt_shared(freeze(source.p2m, np.flatnonzero(
+        (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)))[1])
+    block.leaf()[:] = leaf & ~np.uint64(LOGGED)
     allocator.share(leaf)
     return block
 

@@ -19,12 +19,13 @@ from typing import Protocol
 import numpy as np
 
 from vmm.memory.errors import OutOfFrames
-from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, PRESENT, Kind
+from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, Kind
 from vmm.memory.pool import PAGE_SHIFT, Pool
 
 Extent = tuple[int, int]   # first frame, how many
 
 FREE, OVERHEAD, LOAN = 0, 1, 2   # LOAN + n: lent to borrower n
+_PRIVATE, _SHARED = np.uint64(Kind.PRIVATE << KIND_SHIFT), np.uint64(Kind.SHARED << KIND_SHIFT)
 
 
 class FrameSource(Protocol):
@@ -176,10 +177,9 @@ class FrameAllocator:
     @staticmethod
     def split(leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames of the private and of the shared entries of a P2M leaf array."""
-        present = leaf[(leaf & np.uint64(PRESENT)) != 0]
-        frames = ((present & np.uint64(FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        shared = (present & np.uint64(KIND_MASK)) == np.uint64(Kind.SHARED << KIND_SHIFT)
-        return frames[~shared], frames[shared]
+        kinds = leaf & np.uint64(KIND_MASK)
+        frames = ((leaf & np.uint64(FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        return frames[kinds == _PRIVATE], frames[kinds == _SHARED]
 
     def share(self, leaf: np.ndarray) -> None:
         """Count one more owner for every frame of `leaf`, whose entries have just become shared twice."""
@@ -193,7 +193,7 @@ class FrameAllocator:
 
     def drop(self, frames: Iterable[int]) -> None:
         """Entries that shared these frames let them go (copy-on-write breaks)."""
-        array = np.fromiter(frames, dtype=np.int64)
+        array = np.fromiter(frames, dtype=np.int64) if not isinstance(frames, np.ndarray) else frames
         np.subtract.at(self._refs, array, 1)
         gone = np.unique(array[self._refs[array] == 0])
         self._free_frames(gone)
@@ -202,9 +202,35 @@ class FrameAllocator:
         """A guest is gone: its private frames are free, its shared ones have an owner less."""
         private, shared = self.split(leaf)
         self._free_frames(private)
-        np.subtract.at(self._refs, shared, 1)
-        self._free_frames(np.unique(shared[self._refs[shared] == 0]))
+        self.drop(shared)
         leaf[:] = 0
+
+    def settle(self, borrower: int, leaf: np.ndarray) -> None:
+        """A guest goes to a borrower, who answers for its private frames from now on: what it gives back and
+        does not live to tell comes back with its stock."""
+        private, _ = self.split(leaf)
+        self._owner[private] = LOAN + borrower
+
+    def give_back(self, frames: Iterable[int]) -> None:
+        """Private frames that guests have let go of."""
+        self._free_frames(np.unique(np.fromiter(frames, dtype=np.int64)))
+
+    def lent(self, frames: np.ndarray) -> bool:
+        """Whether all of these are on loan, and shared by nobody."""
+        return bool((self._owner[frames] >= LOAN).all() and not self._refs[frames].any())
+
+    @staticmethod
+    def is_shared(leaf: np.ndarray) -> np.ndarray:
+        """Which entries of a P2M leaf array share a frame."""
+        return (leaf & np.uint64(KIND_MASK)) == _SHARED
+
+    def retain(self, frames: np.ndarray) -> None:
+        """Each of these frames, shared or about to be, has an owner more."""
+        np.add.at(self._refs, frames, 1)
+
+    def shares(self, frames: np.ndarray) -> np.ndarray:
+        """How many owners are counted for each."""
+        return self._refs[frames]
 
     def reclaim(self, borrower: int, leaves: Iterable[np.ndarray]) -> int:
         """A borrower is gone and its guests are freed: what it had in stock is free again.

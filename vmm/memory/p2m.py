@@ -8,7 +8,11 @@ entry is a long-mode PTE (AMD64 APM vol. 2, 5.3.3 and 15.25) whose three availab
     absent    no frame yet; reads as zero, a frame comes with the first touch
     private   a frame of this guest alone
     shared    a frame that other entries name too; never writable, a write breaks it (copy-on-write)
-    ballooned given back by the guest
+    ballooned given back by the guest; as absent, if it touches it nevertheless
+    stored    not present, its contents in a file: instead of a frame the entry holds a slot
+
+A private or shared entry without the present bit is *watched*: its frame is there, and its next access is
+noticed, which is how idle pages are told from others.
 
 Invariant: a shared entry is never writable; a private entry lacks write permission only while the dirty
 log waits for its first write, or a trace (vmm/bt/shadow.py) for its next.
@@ -22,7 +26,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from vmm.memory.errors import BadAddress
+from vmm.memory.errors import BadAddress, OutOfFrames
 from vmm.memory.frames import FrameSource
 from vmm.memory.p2mbits import (
     DIRTY,
@@ -32,6 +36,7 @@ from vmm.memory.p2mbits import (
     LOGGED,
     PRESENT,
     PRIVATE_BITS,
+    STORED,
     TABLE_BITS,
     WRITABLE,
     Kind,
@@ -42,6 +47,7 @@ from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
 MAX_MEMORY = 3 << 30
 _MASK64 = (1 << 64) - 1
 _ZERO_TABLE = memoryview(bytes(PAGE)).cast("Q")
+_FRAMED = (Kind.PRIVATE << KIND_SHIFT, Kind.SHARED << KIND_SHIFT)
 
 
 class Outcome(IntEnum):
@@ -54,6 +60,10 @@ class Outcome(IntEnum):
 
 def _private(entries: np.ndarray) -> np.ndarray:
     return (entries & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)
+
+
+def _no_store(slot: int, into: memoryview) -> None:
+    raise OutOfFrames(f"slot {slot:#x} is of no store that is open here")
 
 
 class P2M:
@@ -70,8 +80,13 @@ class P2M:
         self.leaf_first = first + self.FIXED + self.SPARE
         start = self.leaf_first * 512
         self.leaf = pool.q[start:start + pages]
-        #: frames of broken shares, to be reported to whoever counts references
-        self.dropped: list[int] = []
+        #: to be reported to whoever keeps the books: pages that let go of a shared frame and the frame,
+        #: private frames that were given back, and pages that need their slot no more
+        self.dropped: list[tuple[int, int]] = []
+        self.freed: list[int] = []
+        self.fetched: list[int] = []
+        #: reads what is in a slot into a frame; raises OutOfFrames where that has to be waited for
+        self.fetch: Callable[[int, memoryview], None] = _no_store
         self.cow_breaks = 0
         #: changes whenever a page that was mapped is mapped elsewhere, or less permissively
         self.version = 0
@@ -121,8 +136,11 @@ class P2M:
             return Outcome.NOT_RAM
         entry = self.leaf[page]
         if not entry & PRESENT:
-            self.leaf[page] = frames.take() << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
-            return Outcome.MAPPED
+            if entry & KIND_MASK not in _FRAMED:
+                self._bring(page, entry, frames)
+                return Outcome.MAPPED
+            entry |= PRESENT
+            self.leaf[page] = entry
         if entry & WRITABLE or not write:
             return Outcome.MAPPED
         if page in self.traced:
@@ -135,32 +153,85 @@ class P2M:
         self._break_share(page, entry, frames)
         return Outcome.REMAPPED
 
+    def _bring(self, page: int, entry: int, frames: FrameSource) -> None:
+        """A frame for a page that has none, with what is in its slot, if it has one of these."""
+        frame = frames.take()
+        if entry & STORED:
+            try:
+                self.fetch((entry & FRAME_MASK) >> PAGE_SHIFT, self.pool.page(frame))
+            except BaseException:
+                self.freed.append(frame)
+                raise
+            self.fetched.append(page)
+        self.leaf[page] = frame << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
+
     def _break_share(self, page: int, entry: int, frames: FrameSource) -> None:
         fresh = frames.take()
         old = (entry & FRAME_MASK) >> PAGE_SHIFT
         view = self.pool.view
         view[fresh << PAGE_SHIFT:(fresh + 1) << PAGE_SHIFT] = view[old << PAGE_SHIFT:(old + 1) << PAGE_SHIFT]
         self.leaf[page] = fresh << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
-        self.dropped.append(old)
-        self.version += 1
+        self.dropped.append((page, old))
         self.cow_breaks += 1
+        self.changed(page)
+
+    def changed(self, page: int) -> None:
+        """The entry of a page that was mapped says something else now."""
+        self.version += 1
         if self.on_remap is not None:
             self.on_remap(page)
+
+    def discard(self, page: int, ballooned: bool) -> None:
+        """The guest gives a page back: what is in it is lost, and it reads as zero from now on.
+
+        The guest must be off the CPU, or its TLB be flushed before it goes on.  Raises BadAddress.
+        """
+        if not 0 <= page < self.pages:
+            raise BadAddress(page << PAGE_SHIFT)
+        entry = self.leaf[page]
+        if page in self.traced:
+            self.traced.discard(page)
+            if self.on_trace is not None:
+                self.on_trace(page)
+        kind = entry & KIND_MASK
+        if kind == Kind.PRIVATE << KIND_SHIFT:
+            self.freed.append((entry & FRAME_MASK) >> PAGE_SHIFT)
+        elif kind == Kind.SHARED << KIND_SHIFT:
+            self.dropped.append((page, (entry & FRAME_MASK) >> PAGE_SHIFT))
+        elif entry & STORED:
+            self.fetched.append(page)
+        logged = LOGGED if self.logging else 0
+        self.leaf[page] = (Kind.BALLOONED << KIND_SHIFT if ballooned else 0) | logged
+        if entry:
+            self.changed(page)
 
     def trace(self, page: int) -> None:
         """Tell `on_trace` before the page is written next.  Who has it mapped writable must see to that."""
         self.traced.add(page)
         self.leaf[page] &= ~WRITABLE & _MASK64
 
-    def for_read(self, gpa: int) -> int:
-        """Machine address behind `gpa`, or -1 where the page is absent (reads as zero)."""
+    def for_read(self, gpa: int, frames: FrameSource) -> int:
+        """Machine address behind `gpa`, or -1 where the page reads as zero and has no frame for that."""
         page = gpa >> PAGE_SHIFT
         if page >= self.pages:
             raise BadAddress(gpa)
         entry = self.leaf[page]
-        if entry & PRESENT:
-            return entry & FRAME_MASK | gpa & 0xFFF
-        return -1
+        if not entry & PRESENT:
+            if not entry & STORED and entry & KIND_MASK not in _FRAMED:
+                return -1
+            self.fault(gpa, False, frames)
+            entry = self.leaf[page]
+        return entry & FRAME_MASK | gpa & 0xFFF
+
+    def contents(self, page: int) -> bytes:
+        """What is in a page, wherever it is; nothing changes."""
+        entry = self.leaf[page]
+        if entry & KIND_MASK in _FRAMED:
+            return bytes(self.pool.page((entry & FRAME_MASK) >> PAGE_SHIFT))
+        data = bytearray(PAGE)
+        if entry & STORED:
+            self.fetch((entry & FRAME_MASK) >> PAGE_SHIFT, memoryview(data))
+        return bytes(data)
 
     def for_write(self, gpa: int, frames: FrameSource) -> int:
         """Machine address behind `gpa`, made writable for the monitor (frames come, shares break)."""
@@ -168,7 +239,7 @@ class P2M:
         if page >= self.pages:
             raise BadAddress(gpa)
         entry = self.leaf[page]
-        if not entry & WRITABLE:
+        if not entry & WRITABLE or not entry & PRESENT:
             self.fault(gpa, True, frames)
             entry = self.leaf[page]
         return entry & FRAME_MASK | gpa & 0xFFF

@@ -11,6 +11,8 @@ FRAME_MASK = 0x000F_FFFF_FFFF_F000
 KIND_SHIFT = 9
 KIND_MASK = 3 << KIND_SHIFT
 LOGGED = 1 << 11
+#: of an entry that is not present: its frame field is the slot of a store in which the contents are
+STORED = 1 << 52
 
 
 class Kind(IntEnum):

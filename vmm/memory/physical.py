@@ -24,7 +24,7 @@ class PhysicalMemory(Protocol):
 class GuestMemory:
     """PhysicalMemory over a P2M: absent pages read as zero, writes bring frames and break shares.
 
-    Writes raise OutOfFrames when a frame is needed and none is in stock.
+    Raises OutOfFrames when a frame is needed and none is in stock.
     """
 
     def __init__(self, p2m: P2M, frames: FrameSource) -> None:
@@ -37,7 +37,7 @@ class GuestMemory:
         parts = []
         while n > 0:
             chunk = min(n, PAGE - (gpa & 0xFFF))
-            at = self.p2m.for_read(gpa)
+            at = self.p2m.for_read(gpa, self.frames)
             parts.append(bytes(chunk) if at < 0 else bytes(self._view[at:at + chunk]))
             gpa += chunk
             n -= chunk

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The files a worker reads pages of its guests from (hostd/stores.py is the daemon's side)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vmm.memory.records import PageStore, StoreError
+
+_OFFSET = (1 << 32) - 1
+
+
+class OpenSlots:
+    """Stores by number, opened when a guest comes that may need them."""
+
+    def __init__(self) -> None:
+        self._stores: dict[int, PageStore] = {}
+
+    def open(self, stores: Iterable[tuple[int, str]]) -> None:
+        """Open those that are not yet.  Raises StoreError."""
+        for number, path in stores:
+            if number not in self._stores:
+                try:
+                    self._stores[number] = PageStore(path)
+                except OSError as error:
+                    raise StoreError(f"cannot open {path}: {error.strerror}") from None
+
+    def close(self, number: int) -> None:
+        """The number may come to mean another file."""
+        store = self._stores.pop(number, None)
+        if store is not None:
+            store.close()
+
+    def fetch(self, slot: int, into: memoryview) -> None:
+        """Read the page in a slot.  Raises StoreError."""
+        store = self._stores.get(slot >> 32)
+        if store is None:
+            raise StoreError(f"no store {slot >> 32} is open here")
+        store.read_into(slot & _OFFSET, into)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The files in which pages of guests are: the swap file, and the snapshots guests are restored from.
+
+A slot is a store's number (8 bits, 0 is the swap file) and an offset in it in units of 64 bytes (32 bits).
+Each guest page in a slot owns it; a slot of the swap file without an owner is free, a snapshot of which no
+page is needed any more is closed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from hostd.errors import Failed
+from hostd.swapfile import SwapFile
+from vmm.memory.records import PageStore, StoreError
+
+SWAP = 0
+_OFFSET = (1 << 32) - 1
+_MOST_STORES = 256
+
+
+class Stores:
+    """All open stores; `swap` may be None: nothing is swapped then."""
+
+    def __init__(self, swap: SwapFile | None = None) -> None:
+        self.swap = swap
+        self._files: dict[int, tuple[PageStore, Callable[[], None]]] = {}
+        self._owned: dict[int, int] = {}
+        #: called with the number of a store that is closed
+        self.on_close: Callable[[int], None] = lambda number: None
+
+    def open(self, store: PageStore, close: Callable[[], None]) -> int:
+        """Have pages in a file, for which `close` is called when none is needed any more; its number.
+
+        Nothing is owned yet: `retain` or `close_unused` must follow.  Raises Failed when there are too many.
+        """
+        number = next((number for number in range(1, _MOST_STORES) if number not in self._files), None)
+        if number is None:
+            raise Failed(f"{_MOST_STORES - 1} snapshots are being restored: wait until one is done")
+        self._files[number] = store, close
+        self._owned[number] = 0
+        return number
+
+    def close_unused(self, number: int) -> None:
+        """The file is of no use if no page is in it."""
+        if number in self._files and not self._owned[number]:
+            _, close = self._files.pop(number)
+            del self._owned[number]
+            close()
+            self.on_close(number)
+
+    def paths(self) -> list[tuple[int, str]]:
+        """Number and path of each store, by which other processes open it, whatever its name is now."""
+        fds = [(number, store.fd) for number, (store, _) in self._files.items()]
+        if self.swap is not None:
+            fds.append((SWAP, self.swap.fd))
+        return [(number, f"/proc/{os.getpid()}/fd/{fd}") for number, fd in fds]
+
+    def fetch(self, slot: int, into: memoryview) -> None:
+        """Read the page in a slot.  Raises StoreError."""
+        number, offset = slot >> 32, slot & _OFFSET
+        if number == SWAP and self.swap is not None:
+            self.swap.read_into(offset, into)
+        elif number in self._files:
+            self._files[number][0].read_into(offset, into)
+        else:
+            raise StoreError(f"no store {number} is open")
+
+    def retain(self, slots: np.ndarray) -> None:
+        """Each of these slots has an owner more."""
+        for number, offsets in _by_store(slots):
+            if number == SWAP and self.swap is not None:
+                self.swap.retain(offsets)
+            else:
+                self._owned[number] += len(offsets)
+
+    def release(self, slots: np.ndarray) -> None:
+        """Each of these slots has an owner less."""
+        for number, offsets in _by_store(slots):
+            if number == SWAP and self.swap is not None:
+                self.swap.free(offsets)
+            else:
+                self._owned[number] -= len(offsets)
+                self.close_unused(number)
+
+
+def _by_store(slots: np.ndarray) -> list[tuple[int, list[int]]]:
+    numbers = slots >> np.uint64(32)
+    return [(int(number), (slots[numbers == number] & np.uint64(_OFFSET)).tolist())
+            for number in np.unique(numbers)]
