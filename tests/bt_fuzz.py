@@ -12,6 +12,7 @@ says so.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import random
 import sys
 import time
@@ -36,6 +37,8 @@ GDT, IDT, TSS, HANDLER, DIRECTORY, STACK = 0x1000, 0x2000, 0x3000, 0x4000, 0x500
 WILD, WILD_BYTES = 0x100000, 1 << 20
 #: of a slice, and of a guest's life
 SLICE_NS, LIFE_NS = 5_000_000, 60_000_000
+#: of this process with one guest: then it hangs, and says where
+PATIENCE_S = 60
 _POOL = 64 << 20
 _PATTERN = 0xA5
 _CODE, _DATA = 0xC9B, 0xC93
@@ -147,12 +150,17 @@ def main(arguments: list[str]) -> int:
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
     wilderness = Wilderness(seed)
+    faulthandler.enable()
     end = time.monotonic() + options.seconds
     while time.monotonic() < end:
+        faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
         changed = wilderness.run_one()
         if changed:
             print(f"guest {wilderness.guests} changed frames that are not its own: {changed[:8]}")
             return 1
+        if wilderness.guests % 500 == 0:
+            print(f"{wilderness.guests} guests", flush=True)
+    faulthandler.cancel_dump_traceback_later()
     counters = wilderness.engine.counters
     print(f"{wilderness.guests} guests, {wilderness.crashes} crashed; {counters.units} units, "
           f"{counters.instructions} instructions, {counters.rejected} rejected by the verifier")
