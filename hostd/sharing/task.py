@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The daemon's side of page sharing: when to scan, how fast, and what is done about the candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import trio
+
+from hostd.errors import HostError
+from hostd.sharing.scanner import Candidates, ScanGuest, Scanner
+
+#: seconds between scans
+PERIOD = 0.25
+#: and while there is nothing to scan
+_IDLE_PERIOD = 1.0
+#: the slowest, as a part of the full rate, after passes that found next to nothing
+SLOWEST = 1 / 16
+#: a pass found something if that was more than one page of so many
+_WORTH = 256
+#: pages of one guest that are asked for at once
+BATCH = 512
+#: entries of the table looked at in one period for frames that nobody has
+_SWEEP = 4096
+
+
+class SharingVm(Protocol):
+    """A VM of the host; its `block` is a VmBlock while it has memory."""
+
+    @property
+    def block(self) -> HasLeaf | None: ...
+
+
+class HasLeaf(Hashable, Protocol):
+    """Something with a P2M array, equal to itself alone."""
+
+    def leaf(self) -> np.ndarray: ...
+
+
+V = TypeVar("V", bound=SharingVm)
+_VContra = TypeVar("_VContra", contravariant=True)
+
+
+class Reclaimer(Protocol[_VContra]):
+    """Has it done by whoever runs the guest (vmm/memory/reclaim.py).  Raises HostError if the guest ended."""
+
+    async def freeze(self, vm: _VContra, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pages whose frames are shared now, and these frames, each pinned once for the caller."""
+
+    async def merge(self, vm: _VContra, pages: np.ndarray, frames: np.ndarray) -> int:
+        """How many of the pages were equal to their frames, and have them now."""
+
+    async def drop_zeros(self, vm: _VContra, pages: np.ndarray) -> int:
+        """How many of the pages were full of zeros, and have no frame now."""
+
+
+class Pins(Protocol):
+    """The books, as far as the table needs them."""
+
+    def unpin(self, frames: np.ndarray) -> None: ...
+
+    def shares(self, frames: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class SharingView:
+    """What page sharing did since the daemon started, in pages, and what it is doing."""
+
+    scanned: int
+    merged: int
+    zeroed: int
+    #: offered, but not as they were thought to be, or their guest had gone
+    refused: int
+    #: complete passes over all guests
+    passes: int
+    #: shared frames that the table knows
+    frames: int
+    #: the rate at this moment, in pages a second
+    rate: float
+
+
+class Sharing(Generic[V]):
+    """The task.
+
+    `guests` gives the VMs of the host, `image` what a VM was booted from, `rate` the configured pages a
+    second, 0 for none; all are asked anew each time.
+    """
+
+    def __init__(self, scanner: Scanner, reclaimer: Reclaimer[V], pins: Pins,
+                 guests: Callable[[], Sequence[V]], image: Callable[[V], Hashable],
+                 rate: Callable[[], int]) -> None:
+        #: memory is short: the full rate, whatever the last passes found
+        self.urgent = False
+        self.scanned = self.merged = self.zeroed = self.refused = 0
+        self._scanner = scanner
+        self._reclaimer = reclaimer
+        self._pins = pins
+        self._guests = guests
+        self._image = image
+        self._rate = rate
+        self._known: set[Hashable] = set()
+        #: part of the full rate; what this pass has looked at and found
+        self._pace = 1.0
+        self._pass = _Pass()
+
+    async def run(self) -> None:
+        """Scan for ever."""
+        due = trio.current_time()
+        while True:
+            looked = await self.step(PERIOD)
+            due = max(due + (PERIOD if looked else _IDLE_PERIOD), trio.current_time())
+            await trio.sleep_until(due)
+
+    async def step(self, seconds: float) -> int:
+        """One scan, of as many pages as are due in so many seconds, and all that follows from it.
+
+        The answer is how many pages it looked at.
+        """
+        alive = [(block, vm) for vm in self._guests() if (block := vm.block) is not None]
+        guests = [ScanGuest(block, self._image(vm), block.leaf()) for block, vm in alive]
+        vms: dict[Hashable, V] = dict(alive)
+        if not self._known.issuperset(vms):
+            self._pace = 1.0
+        self._known = set(vms)
+        budget = int(self._rate() * seconds * (1.0 if self.urgent else self._pace))
+        passes = self._scanner.passes
+        found = await trio.to_thread.run_sync(self._scanner.scan, guests, budget)
+        self.scanned += found.scanned
+        self._pass.add(found)
+        if self._scanner.passes != passes:
+            self._pace = 1.0 if self._pass.worth else max(self._pace / 2, SLOWEST)
+            self._pass = _Pass()
+        await self._act(vms, found)
+        self._unpin(self._scanner.table.sweep(self._pins.shares, _SWEEP))
+        return found.scanned
+
+    def view(self) -> SharingView:
+        """The figures of this moment."""
+        return SharingView(scanned=self.scanned, merged=self.merged, zeroed=self.zeroed, refused=self.refused,
+                           passes=self._scanner.passes, frames=len(self._scanner.table),
+                           rate=self._rate() * (1.0 if self.urgent else self._pace))
+
+    async def _act(self, vms: dict[Hashable, V], found: Candidates) -> None:
+        """Offer the candidates to those who run the guests: freezes first, for merges need their frames."""
+        before = self.zeroed + self.merged
+        for key, pages in found.zeros.items():
+            with suppress(HostError):
+                for vm, batch in _batches(vms, key, len(pages)):
+                    self.zeroed += await self._reclaimer.drop_zeros(vm, pages[batch])
+        for key, pages in found.freezes.items():
+            with suppress(HostError):
+                for vm, batch in _batches(vms, key, len(pages)):
+                    self._unpin(self._scanner.frozen(key, *await self._reclaimer.freeze(vm, pages[batch])))
+        for key, (pages, hashes) in found.merges.items():
+            pages, frames = self._scanner.targets(key, pages, hashes)
+            with suppress(HostError):
+                for vm, batch in _batches(vms, key, len(pages)):
+                    self.merged += await self._reclaimer.merge(vm, pages[batch], frames[batch])
+        self.refused += found.pages - (self.zeroed + self.merged - before)
+
+    def _unpin(self, frames: np.ndarray) -> None:
+        if len(frames):
+            self._pins.unpin(frames)
+
+
+class _Pass:
+    """What one pass over all guests came to."""
+
+    def __init__(self) -> None:
+        self.scanned = self.found = 0
+
+    def add(self, found: Candidates) -> None:
+        self.scanned += found.scanned
+        self.found += found.pages
+
+    @property
+    def worth(self) -> bool:
+        """Whether another at full rate promises anything."""
+        return self.found * _WORTH > self.scanned
+
+
+def _batches(vms: dict[Hashable, V], key: Hashable, count: int) -> Iterator[tuple[V, slice]]:
+    """Slices of `count` pages, for as long as the VM leads the life in which they were scanned."""
+    vm = vms[key]
+    for start in range(0, count, BATCH):
+        if vm.block is not key:
+            return
+        yield vm, slice(start, start + BATCH)
