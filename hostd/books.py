@@ -193,6 +193,11 @@ class Books:
         self._charges[block.first].slots[pages] = slots
         block.leaf()[pages] = slots << np.uint64(PAGE_SHIFT) | np.uint64(STORED)
 
+    def charged(self, block: VmBlock) -> np.ndarray:
+        """The shared frames that pages of the guest are charged with."""
+        frames = self._charges[block.first].frames
+        return frames[frames != 0]
+
     def stores_of(self, block: VmBlock) -> list[int]:
         """Numbers of the stores in which pages of the guest are."""
         slots = self._charges[block.first].slots

@@ -34,6 +34,8 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 MIN_POOL = 16 << 20
 #: a translation cache below this turns over too soon; its jumps reach 2 GiB, but nothing gains from so much
 MIN_CACHE, MAX_CACHE = 1 << 20, 1 << 30
+#: a slot of the swap file has 32 bits and counts 64 bytes (hostd/swapfile.py)
+MAX_SWAP = 64 << 32
 
 
 class Size:
@@ -94,6 +96,18 @@ class SchedulerSection(Section, frozen=True):
     balance_interval: Annotated[float, Meta(ge=0.1, le=60)] = 1.0
 
 
+class MemorySection(Section, frozen=True):
+    #: of the pool: what the memory of all VMs may come to
+    overcommit_ratio: Annotated[float, Meta(gt=0, le=1000)] = 2.0
+    #: most bytes of the swap file; 0: no swap
+    swap: Size = Size(4 << 30)
+
+
+class SharingSection(Section, frozen=True):
+    enabled: bool = True
+    pages_per_second: Annotated[int, Meta(ge=1, le=10_000_000)] = 10_000
+
+
 class DefaultsSection(Section, frozen=True):
     memory: Size = Size(DEFAULT_MEMORY)
     vmm: Monitor = "hw"
@@ -118,6 +132,8 @@ class Config(Section, frozen=True):
     api: ApiSection = ApiSection()
     metrics: MetricsSection = MetricsSection()
     scheduler: SchedulerSection = SchedulerSection()
+    memory: MemorySection = MemorySection()
+    sharing: SharingSection = SharingSection()
     defaults: DefaultsSection = DefaultsSection()
     bt: BtSection = BtSection()
     log: LogSection = LogSection()
@@ -206,6 +222,8 @@ def _check(config: Config) -> None:
     memory = config.defaults.memory.bytes
     if not MIN_MEMORY <= memory <= MAX_MEMORY or memory % PAGE:
         raise ConfigError('defaults.memory: must be between "1M" and "3G" and a multiple of 4096 bytes')
+    if config.memory.swap.bytes > MAX_SWAP:
+        raise ConfigError(f'memory.swap: at most "{MAX_SWAP >> 30}G" can be used')
     if not MIN_CACHE <= config.bt.cache.bytes <= MAX_CACHE:
         raise ConfigError(f'bt.cache: must be between "{MIN_CACHE >> 20}M" and "{MAX_CACHE >> 20}M"')
     for key in "state_dir", "runtime_dir":

@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from hostd import __version__, waiting
+from hostd.claims import changed, check_admission, check_claim, grows
 from hostd.cloning import Cloner
 from hostd.config import Config
 from hostd.console import Console
@@ -31,6 +32,7 @@ from hostd.inventory import Inventory
 from hostd.lifecycle import AT_REST, State, Trigger
 from hostd.loader import lay_out
 from hostd.memory import MachineMemory
+from hostd.memory_state import HostMemoryState
 from hostd.model import (
     BlobView,
     CloneRequest,
@@ -40,6 +42,7 @@ from hostd.model import (
     HostView,
     ImageSpec,
     ImageView,
+    MemoryView,
     StopRequest,
     TranslationsView,
     VmCreate,
@@ -57,7 +60,6 @@ log = logging.getLogger(__name__)
 #: how long a guest may take to power off, when the user does not say
 STOP_TIMEOUT_S = 30.0
 COLLECT_INTERVAL_S = 600.0
-SWAP_BYTES = 4 << 30
 
 
 class Host:
@@ -73,7 +75,8 @@ class Host:
         self.metrics_url: str | None = None
         self._inventory = Inventory(config.state_dir)
         self._images = Images(config.state_dir)
-        self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap", SWAP_BYTES)
+        self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap",
+                                     config.memory.swap.bytes)
         self._guests = Guests(nursery, self._memory, self._images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
         options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6)),
@@ -81,6 +84,8 @@ class Host:
         self._workers = self._guests.workers = Workers(
             config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases, options,
             worker_command)
+        #: what the memory policy says of the host
+        self.memory_state = HostMemoryState()
         self._images_lock = trio.Lock()
         #: names of VMs in the making
         self._reserved: set[str] = set()
@@ -96,6 +101,7 @@ class Host:
             nursery.start_soon(self._prepare_books)
             nursery.start_soon(self._balance)
             nursery.start_soon(self._collect)
+            nursery.start_soon(self._keep_memory)
             for vm in self._guests.vms.values():
                 if vm.definition.autostart:
                     self.start(vm.name)
@@ -138,6 +144,16 @@ class Host:
     async def _prepare_books(self) -> None:
         """Load in the background what the first guest needs and the first answer did not."""
         await trio.to_thread.run_sync(import_module, "hostd.books")
+
+    async def _keep_memory(self) -> None:
+        """Carry out the memory policy, and share pages."""
+        from hostd.keeping import keep
+
+        await keep(self.config_now, self._guests, self._memory, self.events, self.memory_state)
+
+    def config_now(self) -> Config:
+        """The configuration as it is at the moment."""
+        return self.config
 
     async def _balance(self) -> None:
         while True:
@@ -188,9 +204,26 @@ class Host:
     def frames(self) -> FrameCounts:
         return self._memory.books.counts()
 
+    def memory(self, vms: Sequence[VmView] | None = None) -> MemoryView:
+        """Machine memory of the whole host; `vms` spares a caller who has the `views` a second look."""
+        references = sum(vm.memory_usage.shared for vm in (self.views() if vms is None else vms))
+        swap = self._memory.books.stores.swap
+        return self.memory_state.view(self.frames(), references, None if swap is None else swap.stats())
+
     def check_memory(self) -> list[str]:
-        """Every disagreement in the books of machine memory, a sentence each."""
+        """Every disagreement in the books of machine memory, a sentence each; what workers have not reported
+        yet is one, too."""
         return self._memory.books.check()
+
+    async def checked_memory(self) -> MemoryView:
+        """The same view with `wrong`: what the books have wrong before and after all workers have told what
+        they had to tell."""
+        wrong = self.check_memory()
+        if wrong:
+            await self._workers.hear()
+            still = set(self.check_memory())
+            wrong = [sentence for sentence in wrong if sentence in still]
+        return msgspec.structs.replace(self.memory(), wrong=wrong)
 
     def latency(self) -> tuple[list[int], float]:
         """Wake-up latency histogram of all workers: counts per bucket of hostd.scheduler.LATENCY_BOUNDS_NS
@@ -245,9 +278,12 @@ class Host:
     async def update(self, name: str, patch: VmPatch) -> VmView:
         vm = self._vm(name)
         async with self._guests.changing(vm):
-            changes = msgspec.structs.asdict(patch)
-            given = {field: value for field, value in changes.items() if value is not None}
-            definition = msgspec.structs.replace(vm.definition, **given)
+            definition = changed(vm.definition, patch, vm.state in AT_REST)
+            self._check_memory_of(definition)
+            if grows(vm.definition, definition):
+                self._admit([definition])
+            if definition.memory != vm.definition.memory:
+                await self._check_bootable(definition)
             await trio.to_thread.run_sync(self._inventory.save, [definition])
             vm.definition = definition
             if vm.worker is not None:
@@ -378,16 +414,31 @@ class Host:
         if request.image is not None and request.initrd is not None:
             raise Invalid("an initrd goes with a kernel; an image has its own")
         defaults = self.config.defaults
-        memory = defaults.memory.bytes if request.memory is None else request.memory
-        self._memory.books.check_size(memory)
-        return Definition(
-            name=request.name, memory=memory, vmm=request.vmm or defaults.vmm, autostart=request.autostart,
+        definition = Definition(
+            name=request.name, memory=defaults.memory.bytes if request.memory is None else request.memory,
+            reservation=request.reservation or 0, limit=request.limit, shares=request.shares,
+            vmm=request.vmm or defaults.vmm, autostart=request.autostart,
             image=request.image, kernel=request.kernel, initrd=request.initrd, append=request.append,
             weight=defaults.weight if request.weight is None else request.weight,
             cap=defaults.cap if request.cap is None else request.cap,
             on_crash=defaults.on_crash if request.on_crash is None else request.on_crash,
             on_poweroff=defaults.on_poweroff if request.on_poweroff is None else request.on_poweroff,
             created=time.time())
+        self._check_memory_of(definition)
+        self._admit([definition])
+        return definition
+
+    def _check_memory_of(self, definition: Definition) -> None:
+        """Raise Invalid for memory that contradicts itself, or that no host of this size could give."""
+        check_claim(definition)
+        self._memory.books.check_size(definition.memory)
+
+    def _admit(self, definitions: Sequence[Definition], ratio: float | None = None) -> None:
+        """Raise Conflict unless the host can promise these VMs their memory beside all others."""
+        named = {definition.name for definition in definitions}
+        others = [vm.definition for vm in self._guests.vms.values() if vm.name not in named]
+        check_admission(self._memory.pool.size, ratio or self.config.memory.overcommit_ratio, others,
+                        definitions)
 
     async def _check_bootable(self, definition: Definition) -> None:
         """Raise what a start would raise, before the definition is written."""

@@ -78,6 +78,8 @@ class Leases:
         self._reclaiming: dict[str, Reply[protocol.Reclaimed]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
+        #: called when a worker begins to wait for frames
+        self.on_hunger: Callable[[], None] = lambda: None
         self._on: dict[type, Callable[[Worker, Any], None]] = {
             protocol.Adopted: self._on_adopted,
             protocol.Released: self._on_released,
@@ -218,6 +220,15 @@ class Leases:
         elif worker not in self._hungry:
             log.warning("machine memory is exhausted: guests wait", extra={"worker": worker.index})
             self._hungry[worker] = message.count
+            self.on_hunger()
+
+    def waiting(self) -> int:
+        """Workers that wait for frames."""
+        return len(self._hungry)
+
+    def demanded(self) -> int:
+        """Frames that workers wait for."""
+        return sum(self._hungry.values())
 
     def feed_hungry(self) -> None:
         """Memory came free: give it to the workers that wait for some."""
@@ -225,9 +236,12 @@ class Leases:
             self._on_need_frames(worker, protocol.NeedFrames(count))
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
-        block = self._held[message.vm].block
+        vm = self._held[message.vm]
+        block = vm.block
         if block is None:
             return
+        vm.memory_state.broken += len(message.dropped)
+        vm.memory_state.swapped_in += len(message.fetched)
         try:
             self._memory.books.reported(block, message.dropped, message.freed, message.fetched)
         except ValueError as error:

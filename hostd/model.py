@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from hostd.lifecycle import Policy, State
+from hostd.policy.model import settle
 
 PAGE = 4096
 MIN_MEMORY = 1 << 20
@@ -28,6 +29,8 @@ Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="SHA-256 of
 Append = Annotated[str, Meta(max_length=2047, pattern=r"^[^\x00-\x1f\x7f]*\Z",
                              description="at most 2047 characters, none of them a control character")]
 Memory = Annotated[int, Meta(ge=MIN_MEMORY, le=MAX_MEMORY, description="bytes, a multiple of 4096")]
+Reservation = Annotated[int, Meta(ge=0, le=MAX_MEMORY, description="bytes, a multiple of 4096")]
+MemoryShares = Annotated[int, Meta(ge=1, le=1_000_000, description="against others; 10 per MiB is normal")]
 Weight = Annotated[int, Meta(ge=1, le=10000)]
 Cap = Annotated[int, Meta(ge=0, le=100, description="percent of one CPU; 0 = no cap")]
 Timeout = Annotated[float, Meta(ge=0, le=86400, description="seconds")]
@@ -57,6 +60,9 @@ class VmSpec(Request):
     initrd: Sha256 | None = None
     append: Append | None = None
     memory: Memory | None = None
+    reservation: Reservation | None = None
+    limit: Memory | None = None
+    shares: MemoryShares | None = None
     vmm: Monitor | None = None
     weight: Weight | None = None
     cap: Cap | None = None
@@ -72,8 +78,16 @@ class VmCreate(VmSpec):
 
 
 class VmPatch(Request):
-    """PATCH /vms/{name}: what may change in the life of a VM."""
+    """PATCH /vms/{name}: what may change in the life of a VM.
 
+    `memory` of a VM that is off is its new size; of one that is on it is what the guest may use of the size
+    it was started with, and its balloon driver is asked for the rest.
+    """
+
+    memory: Memory | None = None
+    reservation: Reservation | None = None
+    limit: Memory | None = None
+    shares: MemoryShares | None = None
     weight: Weight | None = None
     cap: Cap | None = None
     on_crash: Policy | None = None
@@ -133,12 +147,40 @@ class CpuTimes(View, frozen=True):
 
 
 class MemoryUsage(View, frozen=True):
-    """Bytes.  assigned: what the guest believes to have; resident: what it touched = private + shared."""
+    """Bytes.  What is None is not known."""
 
+    #: what the guest believes to have
     assigned: int = 0
+    #: the part that is in machine memory: private + shared
     resident: int = 0
     shared: int = 0
     private: int = 0
+    #: given back by its balloon driver
+    ballooned: int = 0
+    #: in the swap file, or not read yet from the snapshot it was restored from
+    swapped: int = 0
+    #: what it actively uses, by samples
+    working_set: int | None = None
+    #: what it is to have: all but what its balloon driver is asked for
+    target: int | None = None
+    #: what the guest says, if it has a balloon driver that does: nobody uses it; could be had; there is
+    guest_free: int | None = None
+    guest_available: int | None = None
+    guest_total: int | None = None
+
+
+class MemoryEvents(View, frozen=True):
+    """Pages of a VM to which something happened, since it was defined."""
+
+    #: became the same frame as a page with the same contents; and a frame of their own again, written to
+    merged: int = 0
+    broken: int = 0
+    #: full of zeros, gave up their frames
+    zeroed: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    #: taken into the balloon
+    inflated: int = 0
 
 
 class ExitRow(View, frozen=True):
@@ -156,6 +198,11 @@ class VmView(View, frozen=True):
     reason: str
     vmm: str
     memory: int
+    #: what a guest that is on may use of it; None: all
+    memory_target: int | None
+    reservation: int
+    limit: int
+    shares: int
     weight: int
     cap: int
     on_crash: Policy
@@ -171,6 +218,7 @@ class VmView(View, frozen=True):
     exit_status: int | None
     cpu: CpuTimes
     memory_usage: MemoryUsage
+    memory_events: MemoryEvents
     exits: int
     interrupts: int
     world_switches: int
@@ -226,6 +274,43 @@ class FrameCounts(View, frozen=True):
     overhead: int
 
 
+class SwapUsage(View, frozen=True):
+    """Bytes.  used: of guests, that are in the swap file; compressed: what they take there; limit: what they
+    may take, 0 without a swap file."""
+
+    used: int = 0
+    compressed: int = 0
+    limit: int = 0
+
+
+#: how short of memory the host is (hostd/policy/pressure.py)
+Pressure = Literal["high", "soft", "hard", "low"]
+PRESSURES: tuple[Pressure, ...] = get_args(Pressure)
+
+
+class MemoryView(View, frozen=True):
+    """Machine memory of the host, in bytes.  pool = free + lent + private + shared + overhead."""
+
+    pool: int
+    free: int
+    #: with workers, and not used yet
+    lent: int
+    private: int
+    shared: int
+    overhead: int
+    #: what guests would have beside that if nobody shared
+    saved: int
+    swap: SwapUsage = SwapUsage()
+    state: Pressure = "high"
+    #: guests that wait for memory now
+    waiting: int = 0
+    #: page sharing: pages looked at in a second now, and since the daemon started
+    scan_rate: float = 0.0
+    scanned: int = 0
+    #: disagreements in the books, a sentence each; None: they were not checked
+    wrong: list[str] | None = None
+
+
 class HostView(View, frozen=True):
     version: str
     pid: int
@@ -271,6 +356,13 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cap: Cap
     on_crash: Policy
     on_poweroff: Policy
+    #: what the guest may use of `memory` while it is on; None: all
+    memory_target: Memory | None = None
+    reservation: Reservation = 0
+    #: None: all its memory
+    limit: Memory | None = None
+    #: None: the normal ones for its memory (hostd/policy/model.py)
+    shares: MemoryShares | None = None
     vmm: Monitor = "hw"
     autostart: bool = False
     image: ImageName | None = None
@@ -281,3 +373,18 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     #: the VM it was cloned from
     template: str | None = None
     created: float = 0.0
+
+    @property
+    def memory_target_bytes(self) -> int:
+        """What the guest may use while it is on: it is asked to give back the rest."""
+        return self.memory if self.memory_target is None else self.memory_target
+
+    @property
+    def limit_bytes(self) -> int:
+        """The most machine memory it gets."""
+        return self.memory if self.limit is None else self.limit
+
+    @property
+    def memory_shares(self) -> int:
+        """Its claim beside others on what is between reservation and limit."""
+        return settle(self.memory // PAGE, shares=self.shares).shares

@@ -12,7 +12,8 @@ from hostd.console import Console
 from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
-from hostd.model import PAGE, Definition, MemoryUsage, VmView
+from hostd.memory_state import MemoryState
+from hostd.model import Definition, VmView
 from hostd.protocol import BalloonView
 from hostd.workers import Worker
 
@@ -60,6 +61,7 @@ class Vm:
         self.lease = ""
         #: what the guest's balloon driver said last, in this life
         self.balloon: BalloonView | None = None
+        self.memory_state = MemoryState()
         #: its MachineState while no worker has it
         self.parked = b""
         #: cancelling it gives up a start, or the wait for a restart
@@ -92,6 +94,7 @@ class Vm:
     def begin_life(self) -> None:
         """The guest starts from its first instruction."""
         self.boots += 1
+        self.memory_state.begin_life(self.balloon)
         self.balloon = None
         self.born = trio.current_time()
         self.exit_status = None
@@ -107,16 +110,18 @@ class Vm:
     def view(self) -> VmView:
         definition = self.definition
         accounts = self.ledger.accounts(self.block)
-        pages = self.block.memory_counts() if self.block is not None else {}
-        memory_usage = MemoryUsage(**{kind: count * PAGE for kind, count in pages.items()
-                                       if kind in MemoryUsage.__struct_fields__})
+        pages = self.block.memory_counts() if self.block is not None else None
         return VmView(
             name=self.name, state=self.state, reason=self.reason, vmm=definition.vmm,
-            memory=definition.memory, weight=definition.weight, cap=definition.cap,
+            memory=definition.memory, memory_target=definition.memory_target,
+            reservation=definition.reservation, limit=definition.limit_bytes,
+            shares=definition.memory_shares, weight=definition.weight, cap=definition.cap,
             on_crash=definition.on_crash, on_poweroff=definition.on_poweroff, autostart=definition.autostart,
             image=definition.image, kernel=definition.kernel, initrd=definition.initrd,
             append=definition.append, template=definition.template,
             worker=self.worker.index if self.worker else None, uptime_s=round(self.age(), 3),
-            exit_status=self.exit_status, cpu=cpu_times(accounts), memory_usage=memory_usage,
+            exit_status=self.exit_status, cpu=cpu_times(accounts),
+            memory_usage=self.memory_state.usage(pages, self.balloon),
+            memory_events=self.memory_state.events(self.balloon),
             exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
             world_switches=accounts["world_switches"], boots=self.boots, crashes=self.crashes)

@@ -7,6 +7,7 @@ This module knows processes and messages, not guests.  What a worker says, and t
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
@@ -63,6 +64,8 @@ class Worker:
         self.pid = 0
         self.hello: protocol.Hello | None = None
         self.pong = protocol.Pong(0, [], 0)
+        #: set, and replaced, when it answers a Ping or dies
+        self.answered = trio.Event()
         self.dead = False
         self.last_heard = math.inf
         self._queue: list[bytes] = []
@@ -109,8 +112,17 @@ class Worker:
         self._queued = 0
         return data
 
+    def hear(self, pong: protocol.Pong) -> None:
+        self.pong = pong
+        self._notify()
+
+    def _notify(self) -> None:
+        self.answered.set()
+        self.answered = trio.Event()
+
     def mark_dead(self) -> None:
         self.dead = True
+        self._notify()
         self._drained.set()
 
     def view(self, vms: int) -> WorkerView:
@@ -135,6 +147,8 @@ class Workers:
         self._slots = [Worker(index, 0) for index in range(count)]
         self._changed = trio.Event()
         self._closing = False
+        #: numbers of Pings
+        self._beats = itertools.count(1)
         #: what dead workers had counted
         self._past_wakeups = [0] * (len(LATENCY_BOUNDS_NS) + 1)
         self._past_wakeup_ns = 0
@@ -184,6 +198,15 @@ class Workers:
                 for index in range(len(self._slots)):
                     slots.start_soon(self._keep, index, name=f"worker {index}")
             nursery.cancel_scope.cancel()
+
+    async def hear(self) -> None:
+        """Until every worker that is ready now has said what it had to say when it was asked, or is dead."""
+        beat, asked = next(self._beats), self.ready
+        for worker in asked:
+            worker.send(protocol.Ping(beat))
+        for worker in asked:
+            while not worker.dead and worker.pong.id < beat:
+                await worker.answered.wait()
 
     def quit(self) -> None:
         """Tell all workers to end; `run` returns when they have."""
@@ -273,14 +296,13 @@ class Workers:
                 changed, self._changed = self._changed, trio.Event()
                 changed.set()
             case protocol.Pong():
-                worker.pong = message
+                worker.hear(message)
         self._listener.on_message(worker, message)
 
     async def _heartbeat(self) -> None:
-        beat = 0
         while True:
             await trio.sleep(HEARTBEAT_S)
-            beat += 1
+            beat = next(self._beats)
             now = trio.current_time()
             for worker in self._slots:
                 if worker.ready:

@@ -10,11 +10,15 @@ import msgspec
 from hostd.host import Host
 from hostd.lifecycle import Policy, State
 from hostd.model import (
+    PAGE,
     CpuTimes,
     ExitRow,
     FrameCounts,
     HostView,
+    MemoryEvents,
     MemoryUsage,
+    MemoryView,
+    SwapUsage,
     TranslatorView,
     VmView,
     WorkerView,
@@ -42,11 +46,13 @@ class Fleet:
 
     def add(self, name: str, state: State = State.RUNNING, cap: int = 0) -> None:
         self.vms[name] = VmView(
-            name=name, state=state, reason="", vmm="hw", memory=128 * MIB, weight=100, cap=cap,
+            name=name, state=state, reason="", vmm="hw", memory=128 * MIB, memory_target=None,
+            reservation=16 * MIB, limit=128 * MIB, shares=1280, weight=100, cap=cap,
             on_crash=Policy.STOP, on_poweroff=Policy.STOP, autostart=False, image="debian", kernel=None,
             initrd=None, append=None, template=None, worker=0 if state is State.RUNNING else None,
             uptime_s=0.0, exit_status=None, cpu=CpuTimes(),
             memory_usage=MemoryUsage(assigned=128 * MIB, resident=40 * MIB, shared=36 * MIB, private=4 * MIB),
+            memory_events=MemoryEvents(),
             exits=0, interrupts=0, world_switches=0, boots=1, crashes=0)
         self.exit_counts[name] = {}
 
@@ -72,6 +78,10 @@ class Fleet:
                 name, uptime_s=vm.uptime_s + seconds, interrupts=vm.interrupts + int(seconds * 250),
                 world_switches=vm.world_switches + int(seconds * 500),
                 boots=vm.boots + 1, crashes=vm.crashes + 1,
+                memory_events=MemoryEvents(
+                    merged=vm.memory_events.merged + 100, broken=vm.memory_events.broken + 10,
+                    zeroed=vm.memory_events.zeroed + 20, swapped_out=vm.memory_events.swapped_out + 40,
+                    swapped_in=vm.memory_events.swapped_in + 30, inflated=vm.memory_events.inflated + 50),
                 cpu=CpuTimes(run=vm.cpu.run + seconds * 0.25, wait=vm.cpu.wait + seconds * 0.25,
                              sleep=vm.cpu.sleep + seconds * 0.5))
 
@@ -90,6 +100,14 @@ class Fleet:
     def frames(self) -> FrameCounts:
         return FrameCounts(total=262_144, free=200_000, granted=2_144, private=50_000, shared=9_500,
                            overhead=500)
+
+    def memory(self, vms: list[VmView] | None = None) -> MemoryView:
+        frames = self.frames()
+        return MemoryView(
+            pool=frames.total * PAGE, free=frames.free * PAGE, lent=frames.granted * PAGE,
+            private=frames.private * PAGE, shared=frames.shared * PAGE, overhead=frames.overhead * PAGE,
+            saved=200 * MIB, swap=SwapUsage(used=30 * MIB, compressed=10 * MIB, limit=100 * MIB),
+            state="soft", waiting=3, scan_rate=2500.0, scanned=1_000_000)
 
     def latency(self) -> tuple[list[int], float]:
         return self.latencies, sum(self.latencies) * 1e-3

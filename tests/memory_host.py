@@ -6,9 +6,10 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from hostd.console import Console
@@ -25,8 +26,11 @@ from hostd.model import (
     HostView,
     ImageSpec,
     ImageView,
+    MemoryEvents,
     MemoryUsage,
+    MemoryView,
     StopRequest,
+    SwapUsage,
     TranslationsView,
     VmCreate,
     VmPatch,
@@ -55,6 +59,8 @@ class MemoryHost(Host):
         self.guests: dict[str, Guest] = {}
         self.blobs: set[str] = set()
         self.images: dict[str, ImageView] = {}
+        #: what its books of memory have wrong
+        self.wrong: list[str] = []
 
     # --- looking ---
     def host_view(self) -> HostView:
@@ -69,6 +75,20 @@ class MemoryHost(Host):
     def frames(self) -> FrameCounts:
         return FrameCounts(total=9, free=9, granted=0, private=0, shared=0, overhead=0)
 
+    def memory(self, vms: Sequence[VmView] | None = None) -> MemoryView:
+        mib = 1 << 20
+        return MemoryView(
+            pool=1024 * mib, free=512 * mib, lent=8 * mib, private=256 * mib, shared=240 * mib,
+            overhead=8 * mib, saved=2048 * mib,
+            swap=SwapUsage(used=64 * mib, compressed=16 * mib, limit=4096 * mib),
+            state="soft", waiting=2, scan_rate=5000.0, scanned=123456)
+
+    def check_memory(self) -> list[str]:
+        return self.wrong
+
+    async def checked_memory(self) -> MemoryView:
+        return msgspec.structs.replace(self.memory(), wrong=self.wrong)
+
     def views(self) -> list[VmView]:
         return [self.get(name) for name in self.guests]
 
@@ -77,11 +97,13 @@ class MemoryHost(Host):
         spec = guest.spec
         return VmView(
             name=name, state=guest.state, reason="", vmm=spec.vmm or "hw", memory=spec.memory or 128 << 20,
+            memory_target=None, reservation=spec.reservation or 0,
+            limit=spec.limit or spec.memory or 128 << 20, shares=spec.shares or 1280,
             weight=spec.weight or 100, cap=spec.cap or 0, on_crash=spec.on_crash or Policy.STOP,
             on_poweroff=spec.on_poweroff or Policy.STOP, autostart=spec.autostart, image=spec.image,
             kernel=spec.kernel, initrd=spec.initrd, append=spec.append, template=guest.template, worker=0,
             uptime_s=61.0, exit_status=None, cpu=CpuTimes(run=1.5), memory_usage=MemoryUsage(private=1 << 20),
-            exits=7, interrupts=1, world_switches=3, boots=1, crashes=0)
+            memory_events=MemoryEvents(merged=5), exits=7, interrupts=1, world_switches=3, boots=1, crashes=0)
 
     def exits(self, name: str) -> list[ExitRow]:
         self._guest(name)
@@ -121,7 +143,9 @@ class MemoryHost(Host):
 
     async def update(self, name: str, patch: VmPatch) -> VmView:
         spec = self._guest(name).spec
-        spec.weight, spec.cap = patch.weight or spec.weight, patch.cap or spec.cap
+        for key, value in msgspec.structs.asdict(patch).items():
+            if value is not None:
+                setattr(spec, key, value)
         return self.get(name)
 
     def start(self, name: str) -> Operation:

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The task that carries out the memory policy: looks how the guests stand, decides, and has it done.
+
+Once a second, and at once when a worker runs out of frames, `Policy.decide` (hostd/policy) is asked.  What it
+says is carried out in its order: balloons get their targets, sharing runs at full rate, and pages that were
+not used lately go to the swap file.  A guest that ends or is being changed is left out until the next time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from hostd.errors import HostError
+from hostd.events import Events
+from hostd.guests import Guests
+from hostd.lifecycle import State
+from hostd.memory import MachineMemory
+from hostd.memory_state import HostMemoryState
+from hostd.policy import HostMemory, Policy, VmMemory, VmPlan, WorkingSet, settle
+from hostd.policy.victims import NEW, aged, coldest
+from hostd.protocol import SetBalloon
+from hostd.reclaiming import Reclaimer
+from hostd.swapfile import Full
+from hostd.vm import Vm
+from vmm.memory.frames import FrameAllocator
+from vmm.memory.p2mbits import KIND_MASK, KIND_SHIFT, PRESENT, Kind
+
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
+
+log = logging.getLogger(__name__)
+
+DECIDE_S = 1.0
+#: between two looks at the working sets
+SAMPLE_S = 20.0
+#: how old a guest's statistics may be while nobody needs them: asking wakes the guest
+STATISTICS_S = 30.0
+#: pages frozen, written and let go of at once
+BATCH = 1024
+
+
+class _Watch:
+    """What is known of how one life of a guest uses its memory."""
+
+    def __init__(self, life: int, pages: int, random: Random) -> None:
+        self.life = life
+        self.history = np.full(pages, NEW, dtype=np.uint8)
+        self.working_set = WorkingSet(random)
+        self.sample = np.zeros(0, dtype=np.int64)
+        self.sampled = False
+        self.asked = -STATISTICS_S
+        self.target = -1
+
+
+class MemoryKeeper:
+    """`urgent` is called with whether pages should be shared at full rate; `state` is kept for the views."""
+
+    def __init__(self, guests: Guests, memory: MachineMemory, reclaimer: Reclaimer, events: Events,
+                 state: HostMemoryState, urgent: Callable[[bool], None],
+                 random: Random | None = None) -> None:
+        self._guests = guests
+        self._memory = memory
+        self._reclaimer = reclaimer
+        self._events = events
+        self._state = state
+        self._urgent = urgent
+        self._random = random or Random()
+        self._policy = Policy()
+        self._watches: dict[str, _Watch] = {}
+        self._hunger = trio.Event()
+        guests.leases.on_hunger = self._hungry
+
+    def _hungry(self) -> None:
+        self._hunger.set()
+
+    async def run(self) -> None:
+        """Keep memory until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._sample)
+            while True:
+                with trio.move_on_after(DECIDE_S):
+                    await self._hunger.wait()
+                self._hunger = trio.Event()
+                await self.decide()
+                # hunger that is not stilled at once waits for the next decision, not for a busy loop
+                await trio.sleep(DECIDE_S / 10)
+
+    # --- deciding
+
+    async def decide(self) -> None:
+        """One decision, carried out."""
+        vms = [vm for vm in self._guests.vms.values() if vm.block is not None and vm.state in _KEPT]
+        self._watches = {vm.name: self._watch(vm) for vm in vms}
+        before = self._policy.state
+        plan = self._policy.decide(self._host_memory(), [self._stands(vm) for vm in vms])
+        if plan.state is not before:
+            log.log(logging.WARNING if plan.state > before else logging.INFO, "memory pressure",
+                    extra={"state": plan.state.label, "before": before.label})
+            self._events.publish("memory", state=plan.state.label, before=before.label)
+        self._state.pressure = plan.state
+        self._state.waiting = self._guests.leases.waiting()
+        self._urgent(plan.share)
+        for vm in vms:
+            self._ask(vm, plan.vms[vm.name])
+        for vm in vms:
+            if plan.vms[vm.name].evict:
+                await self._evict(vm, plan.vms[vm.name].evict)
+
+    def _watch(self, vm: Vm) -> _Watch:
+        watch = self._watches.get(vm.name)
+        if watch is None or watch.life != vm.boots:
+            assert vm.block is not None
+            watch = _Watch(vm.boots, vm.block.pages, self._random)
+        return watch
+
+    def _host_memory(self) -> HostMemory:
+        counts = self._memory.books.counts()
+        return HostMemory(pool=counts.total, free=counts.free, overhead=counts.overhead,
+                          demanded=self._guests.leases.demanded(), now=trio.current_time())
+
+    def _stands(self, vm: Vm) -> VmMemory:
+        assert vm.block is not None
+        definition, state, counts = vm.definition, vm.memory_state, vm.block.memory_counts()
+        settings = settle(counts["assigned"], definition.reservation >> 12, definition.limit_bytes >> 12,
+                          definition.shares)
+        balloon = vm.balloon
+        statistics: dict[str, int] = balloon.statistics if balloon is not None else {}
+        watch = self._watches[vm.name]
+        if watch.sampled:
+            state.working_set = watch.working_set.estimate
+        return VmMemory(
+            name=vm.name, memory=counts["assigned"], reservation=settings.reservation, limit=settings.limit,
+            shares=settings.shares, resident=counts["private"] + self._part(vm.block),
+            private=counts["private"], shared=counts["shared"], ballooned=counts["ballooned"],
+            swapped=counts["stored"], working_set=watch.working_set.estimate,
+            balloon_able=balloon is not None and balloon.driver and vm.worker is not None,
+            guest_free=_pages(statistics.get("available", statistics.get("free"))))
+
+    def _part(self, block: VmBlock) -> int:
+        """The guest's part of the frames it shares."""
+        _, shared = FrameAllocator.split(block.leaf())
+        return int((1 / np.maximum(self._memory.books.shares(shared), 1)).sum())
+
+    # --- carrying out
+
+    def _ask(self, vm: Vm, plan: VmPlan) -> None:
+        """Tell the balloon driver its target, and ask how the guest's memory is doing when that is needed."""
+        if vm.worker is None or vm.lock.locked():
+            return
+        watch, now = self._watches[vm.name], trio.current_time()
+        assert vm.block is not None
+        wanted = max(plan.balloon, vm.block.pages - (vm.definition.memory_target_bytes >> 12))
+        vm.memory_state.balloon_target = wanted
+        age = now - watch.asked
+        if wanted == watch.target and age < (DECIDE_S if self._policy.state else STATISTICS_S):
+            return
+        watch.target, watch.asked = wanted, now
+        vm.worker.send(SetBalloon(vm.lease, wanted))
+
+    async def _evict(self, vm: Vm, count: int) -> None:
+        """Swap out the `count` coldest private pages.  What was used since the last time it was looked at is
+        watched anew, and so spared this time, unless nothing else is left."""
+        watch = self._watches[vm.name]
+        try:
+            cold = self._look(vm, watch)
+            if len(cold) < count:
+                assert vm.block is not None
+                private = np.flatnonzero(_private(vm.block.leaf()))
+                await self._reclaimer.watch(vm, private)
+                cold = private
+            for start in range(0, min(count, len(cold)), BATCH):
+                chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
+                await self._reclaimer.swap_out(vm, chosen)
+        except Full as error:
+            log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
+        except HostError as error:
+            log.debug("guest not swapped", extra={"vm": vm.name, "why": str(error)})
+
+    def _look(self, vm: Vm, watch: _Watch) -> np.ndarray:
+        """The private pages that were not used since they are watched."""
+        assert vm.block is not None
+        leaf = vm.block.leaf()
+        used = (leaf & np.uint64(PRESENT)) != 0
+        watch.history = aged(watch.history, used)
+        return np.flatnonzero(_private(leaf) & ~used)
+
+    # --- working sets
+
+    async def _sample(self) -> None:
+        """See which of the pages watched in the last period were used, and watch others."""
+        while True:
+            await trio.sleep(SAMPLE_S)
+            for name, watch in list(self._watches.items()):
+                vm = self._guests.vms.get(name)
+                if vm is None or vm.block is None or vm.boots != watch.life or vm.worker is None:
+                    continue
+                if len(watch.sample):
+                    touched = int(np.count_nonzero(vm.block.leaf()[watch.sample] & np.uint64(PRESENT)))
+                    watch.working_set.feed(touched, len(watch.sample))
+                    watch.sampled = True
+                watch.sample = np.array(watch.working_set.choose(vm.block.pages), dtype=np.int64)
+                try:
+                    await self._reclaimer.watch(vm, watch.sample)
+                except HostError:
+                    watch.sample = watch.sample[:0]         # not watched: says nothing
+
+
+_KEPT = frozenset({State.RUNNING, State.PAUSED})
+
+
+def _private(leaf: np.ndarray) -> np.ndarray:
+    return (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)
+
+
+def _pages(statistic: int | None) -> int | None:
+    """Pages in a statistic, which is in bytes."""
+    return None if statistic is None else statistic >> 12

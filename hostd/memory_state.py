@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is known and wanted of memory beside what the P2Ms say: of one VM, and of the host.
+
+Whoever carries out the memory policy writes it, the views read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hostd.model import PAGE, PRESSURES, FrameCounts, MemoryEvents, MemoryUsage, MemoryView, SwapUsage
+from hostd.policy.pressure import State
+
+if TYPE_CHECKING:
+    from hostd.protocol import BalloonView
+    from hostd.swapfile import SwapStats
+
+
+@dataclass
+class MemoryState:
+    """Of one VM; in pages.  The counters are for as long as it is defined."""
+
+    #: what its balloon driver is asked for, altogether; None: nobody has asked
+    balloon_target: int | None = None
+    #: the part of its memory that it actively uses, 0 to 1; None: not known
+    working_set: float | None = None
+    merged: int = 0
+    broken: int = 0
+    zeroed: int = 0
+    swapped_out: int = 0
+    swapped_in: int = 0
+    #: taken into its balloon, in the lives behind it
+    inflated_before: int = 0
+
+    def begin_life(self, balloon: BalloonView | None) -> None:
+        """The guest starts anew: nothing is known of it, and the balloon of its last life is history."""
+        self.inflated_before += balloon.inflated if balloon else 0
+        self.balloon_target = self.working_set = None
+
+    def usage(self, pages: Mapping[str, int] | None, balloon: BalloonView | None) -> MemoryUsage:
+        """The view.  `pages`: VmBlock.memory_counts(), None for a VM without memory; `balloon`: what its
+        driver said last."""
+        if pages is None:
+            return MemoryUsage()
+        assigned, said = pages["assigned"], balloon.statistics if balloon else {}
+        return MemoryUsage(
+            assigned=assigned * PAGE, resident=pages["resident"] * PAGE, private=pages["private"] * PAGE,
+            shared=pages["shared"] * PAGE, ballooned=pages["ballooned"] * PAGE,
+            swapped=pages["stored"] * PAGE,
+            working_set=None if self.working_set is None else round(self.working_set * assigned) * PAGE,
+            target=None if self.balloon_target is None else max(0, assigned - self.balloon_target) * PAGE,
+            guest_free=said.get("free"), guest_available=said.get("available"),
+            guest_total=said.get("total"))
+
+    def events(self, balloon: BalloonView | None) -> MemoryEvents:
+        """The counters as a view."""
+        return MemoryEvents(
+            merged=self.merged, broken=self.broken, zeroed=self.zeroed, swapped_out=self.swapped_out,
+            swapped_in=self.swapped_in, inflated=self.inflated_before + (balloon.inflated if balloon else 0))
+
+
+@dataclass
+class HostMemoryState:
+    """Of the host."""
+
+    #: how short of memory it is
+    pressure: State = State.HIGH
+    #: guests that wait for memory
+    waiting: int = 0
+    #: page sharing: pages looked at in a second now, and since the daemon started
+    scan_rate: float = 0.0
+    scanned: int = 0
+
+    def view(self, frames: FrameCounts, references: int, swap: SwapStats | None) -> MemoryView:
+        """The view.  `references`: bytes of all guests that are in shared frames."""
+        return MemoryView(
+            pool=frames.total * PAGE, free=frames.free * PAGE, lent=frames.granted * PAGE,
+            private=frames.private * PAGE, shared=frames.shared * PAGE, overhead=frames.overhead * PAGE,
+            # the guests go on while it is counted
+            saved=max(0, references - frames.shared * PAGE), swap=_swap_usage(swap),
+            state=PRESSURES[self.pressure], waiting=self.waiting, scan_rate=self.scan_rate,
+            scanned=self.scanned)
+
+
+def _swap_usage(swap: SwapStats | None) -> SwapUsage:
+    if swap is None:
+        return SwapUsage()
+    return SwapUsage(used=swap.pages * PAGE, compressed=swap.stored_bytes, limit=swap.limit_bytes)

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is done to pages for the host's sake, under random guests: nobody sees it, and the books balance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from hostd.books import Books
+from hostd.stores import Stores
+from hostd.swapfile import SwapFile
+from vmm.memory.block import VmBlock
+from vmm.memory.frames import Magazine
+from vmm.memory.physical import GuestMemory
+from vmm.memory.pool import Pool
+from vmm.memory.reclaim import carry_out
+
+PAGE = 4096
+GUEST = 1 << 20
+PAGES = GUEST // PAGE
+NONE = np.zeros(0, dtype=np.int64)
+#: few contents, so that pages are often alike
+CONTENTS = (bytes(8), b"alike   ", b"another ", b"third   ")
+
+guests = st.integers(0, 7)
+some_pages = st.lists(st.integers(0, 15), min_size=1, max_size=12, unique=True).map(
+    lambda pages: np.array(sorted(pages), dtype=np.int64))
+
+
+class Life:
+    """A guest with a worker, and what must be in its pages."""
+
+    def __init__(self, block: VmBlock, worker: int, expected: dict[int, bytes]) -> None:
+        self.block, self.worker, self.expected = block, worker, expected
+        #: traces, as the software monitor has them
+        self.remapped: list[int] = []
+        block.p2m.on_remap = self.remapped.append
+
+
+class Host(RuleBasedStateMachine):
+    """Two workers, a few guests, and a daemon that does as it likes with their pages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = TemporaryDirectory()
+        self.swap = SwapFile(Path(self.directory.name) / "swap", 8 << 20)
+        self.books = Books(Pool(16 << 20), Stores(self.swap))
+        self.magazines = [Magazine(self.books.lend(worker, 200)) for worker in range(2)]
+        self.lives: list[Life] = []
+        #: frames frozen and pinned, as the table of shared pages does
+        self.table: list[int] = []
+
+    def teardown(self) -> None:
+        self.swap.close()
+        self.directory.cleanup()
+
+    def life(self, number: int) -> Life:
+        return self.lives[number % len(self.lives)]
+
+    def report(self, life: Life) -> None:
+        p2m = life.block.p2m
+        self.books.reported(life.block, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
+        p2m.dropped, p2m.freed, p2m.fetched = [], [], []
+
+    @precondition(lambda self: len(self.lives) < 5)
+    @rule(worker=st.integers(0, 1))
+    def create(self, worker: int) -> None:
+        self.lives.append(Life(self.books.new(GUEST), worker, {}))
+
+    @precondition(lambda self: 0 < len(self.lives) < 5)
+    @rule(number=guests, worker=st.integers(0, 1))
+    def clone(self, number: int, worker: int) -> None:
+        source = self.life(number)
+        self.report(source)
+        block = self.books.clone(source.block)
+        self.books.adopted(block, worker)
+        self.lives.append(Life(block, worker, dict(source.expected)))
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages, content=st.sampled_from(CONTENTS))
+    def write(self, number: int, pages: np.ndarray, content: bytes) -> None:
+        life = self.life(number)
+        memory = GuestMemory(life.block.p2m, self.stocked(life.worker))
+        for page in pages.tolist():
+            memory.write(page * PAGE, content)
+            life.expected[page] = content
+
+    def stocked(self, worker: int) -> Magazine:
+        magazine = self.magazines[worker]
+        if len(magazine) < 50:
+            for extent in self.books.lend(worker, 100):
+                magazine.add(*extent)
+        return magazine
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages, ballooned=st.booleans())
+    def discard(self, number: int, pages: np.ndarray, ballooned: bool) -> None:
+        life = self.life(number)
+        for page in pages.tolist():
+            life.block.p2m.discard(page, ballooned)
+            life.expected.pop(page, None)
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages)
+    def watch(self, number: int, pages: np.ndarray) -> None:
+        carry_out("watch", self.life(number).block.p2m, pages, NONE, NONE)
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages)
+    def freeze(self, number: int, pages: np.ndarray) -> None:
+        life = self.life(number)
+        done, frames = carry_out("freeze", life.block.p2m, pages, NONE, NONE)
+        self.books.frozen(life.block, done, frames)
+        self.books.pin(frames)
+        self.table += frames.tolist()
+
+    @precondition(lambda self: self.lives and self.table)
+    @rule(number=guests, pages=some_pages, which=st.integers(0, 1000), reported=st.booleans())
+    def merge(self, number: int, pages: np.ndarray, which: int, reported: bool) -> None:
+        life = self.life(number)
+        if reported:
+            self.report(life)
+        leaf = life.block.leaf()
+        # only pages that are private, and known to be: the others' reports are under way
+        known = np.array([page for page in pages.tolist()
+                          if page not in {dropped for dropped, _ in life.block.p2m.dropped}], dtype=np.int64)
+        frames = np.full(len(known), self.table[which % len(self.table)], dtype=np.int64)
+        self.books.pin(frames)
+        before = leaf[known].copy()
+        done, freed = carry_out("merge", life.block.p2m, known, frames, NONE)
+        merged = np.isin(known, done)
+        assert (leaf[known[~merged]] == before[~merged]).all()
+        self.books.merged(life.block, done, frames[merged], freed)
+        self.books.unpin(frames[~merged])
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages)
+    def zeros(self, number: int, pages: np.ndarray) -> None:
+        _, freed = carry_out("zeros", self.life(number).block.p2m, pages, NONE, NONE)
+        self.books.zeroed(freed)
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages, used=some_pages)
+    def swap_out(self, number: int, pages: np.ndarray, used: np.ndarray) -> None:
+        life = self.life(number)
+        self.report(life)
+        done, frames = carry_out("freeze", life.block.p2m, pages, NONE, NONE)
+        self.books.frozen(life.block, done, frames)
+        self.books.pin(frames)
+        carry_out("watch", life.block.p2m, done, NONE, NONE)
+        pool = life.block.pool
+        slots = np.array(self.swap.write([pool.page(frame) for frame in frames.tolist()]), dtype=np.int64)
+        memory = GuestMemory(life.block.p2m, self.stocked(life.worker))
+        for page in used.tolist():
+            memory.read(page * PAGE, 8)
+        put, _ = carry_out("store", life.block.p2m, done, frames, slots)
+        assert not np.isin(put, used).any()
+        stored = np.isin(done, put)
+        self.books.stored(life.block, put, slots[stored].astype(np.uint64))
+        self.swap.free(slots[~stored].tolist())
+        self.books.unpin(frames)
+
+    @precondition(lambda self: self.table)
+    @rule(which=st.integers(0, 1000))
+    def forget(self, which: int) -> None:
+        frame = self.table.pop(which % len(self.table))
+        self.books.unpin(np.array([frame], dtype=np.int64))
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, reported=st.booleans())
+    def destroy(self, number: int, reported: bool) -> None:
+        life = self.lives.pop(number % len(self.lives))
+        if reported:
+            self.report(life)
+            self.books.free(life.block)
+        else:
+            # it takes its worker along: what it had not reported comes back all the same
+            self.die(life.worker, life)
+
+    def die(self, worker: int, *more: Life) -> None:
+        for life in [*more, *(life for life in self.lives if life.worker == worker)]:
+            self.books.free(life.block)
+        self.lives = [life for life in self.lives if life.worker != worker]
+        self.books.reclaim(worker)
+        self.magazines[worker] = Magazine(self.books.lend(worker, 200))
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests)
+    def move(self, number: int) -> None:
+        life = self.life(number)
+        self.report(life)
+        life.worker ^= 1
+        self.books.adopted(life.block, life.worker)
+
+    @invariant()
+    def contents_are_what_was_written(self) -> None:
+        for life in self.lives:
+            for page in range(16):
+                assert life.block.p2m.contents(page)[:8] == life.expected.get(page, bytes(8))
+
+    @invariant()
+    def books_balance(self) -> None:
+        for life in self.lives:
+            if not (life.block.p2m.dropped or life.block.p2m.fetched):
+                continue
+            self.report(life)
+        assert self.books.check() == []
+        counts = self.books.counts()
+        assert counts.free + counts.granted + counts.private + counts.shared + counts.overhead == counts.total
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        """What is lent is in stock, or was given back and not reported, or is pinned alone."""
+        stock = sum(len(magazine) for magazine in self.magazines)
+        limbo = sum(len(life.block.p2m.freed) for life in self.lives)
+        held = set(self.table) - self.shared_by_guests()
+        assert self.books.counts().granted == stock + limbo + len(held)
+
+    def shared_by_guests(self) -> set[int]:
+        return {int(frame) for life in self.lives for frame in self.books.charged(life.block)}
+
+
+TestHost = Host.TestCase
+TestHost.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
