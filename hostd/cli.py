@@ -26,7 +26,7 @@ COMMANDS = {
     "destroy": "lifecycle", "clone": "lifecycle", "set": "lifecycle",
     "console": "terminal", "log": "terminal", "send": "terminal", "wait": "terminal",
     "exits": "watch", "tc": "watch", "top": "watch", "events": "watch", "operations": "watch",
-    "host": "watch",
+    "host": "watch", "memory": "memory",
     "image": "images",
     "run": "run", "demo": "demo", "bench": "bench", "soak": "soak",
     "version": "about", "completion": "about",

@@ -102,7 +102,8 @@ class MemoryHost(Host):
             weight=spec.weight or 100, cap=spec.cap or 0, on_crash=spec.on_crash or Policy.STOP,
             on_poweroff=spec.on_poweroff or Policy.STOP, autostart=spec.autostart, image=spec.image,
             kernel=spec.kernel, initrd=spec.initrd, append=spec.append, template=guest.template, worker=0,
-            uptime_s=61.0, exit_status=None, cpu=CpuTimes(run=1.5), memory_usage=MemoryUsage(private=1 << 20),
+            uptime_s=61.0, exit_status=None, cpu=CpuTimes(run=1.5),
+            memory_usage=MemoryUsage(private=1 << 20, target=96 << 20),
             memory_events=MemoryEvents(merged=5), exits=7, interrupts=1, world_switches=3, boots=1, crashes=0)
 
     def exits(self, name: str) -> list[ExitRow]:

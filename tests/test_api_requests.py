@@ -107,6 +107,24 @@ async def test_what_is_typed_appears_in_the_log() -> None:
         assert [row["name"] for row in await api("GET", "/vms/a/exits")] == ["HLT", "CPUID"]
 
 
+async def test_memory_is_shown_and_changed() -> None:
+    async with serving() as api:
+        claim = {"memory": 64 << 20, "reservation": 8 << 20, "limit": 32 << 20, "shares": 7}
+        made = await api("POST", "/vms", {"name": "a", **claim}, status=201)
+        assert {key: made[key] for key in claim} == claim
+        changed = await api("PATCH", "/vms/a", {"memory": 48 << 20, "reservation": 0})
+        assert (changed["memory"], changed["reservation"], changed["limit"]) == (48 << 20, 0, 32 << 20)
+        assert set(made["memory_usage"]) >= {"ballooned", "swapped", "working_set", "target", "guest_free"}
+        shown = await api("GET", "/memory")
+        assert shown["pool"] == sum(shown[what] for what in ("free", "lent", "private", "shared", "overhead"))
+        assert (shown["state"], shown["wrong"]) == ("soft", None)
+        assert (await api("GET", "/memory?check=0"))["wrong"] is None
+        assert (await api("GET", "/memory?check=1"))["wrong"] == []
+        api.host.wrong = ["frame 7 is lost"]
+        assert (await api("GET", "/memory?check=true"))["wrong"] == ["frame 7 is lost"]
+        assert "check: " in await api.refused("GET", "/memory?check=perhaps", status=400)
+
+
 async def test_waiting_in_vain_ends_with_a_timeout() -> None:
     async with serving() as api:
         await api("POST", "/vms", {"name": "a"}, status=201)
@@ -130,6 +148,10 @@ async def test_the_api_describes_itself() -> None:
         ({"name": "a", "memory": 0}, "memory: expected int >= 1048576 (bytes, a multiple of 4096)"),
         ({"name": "a", "memory": -5}, "memory: expected int >= 1048576"),
         ({"name": "a", "memory": 1 << 40}, "memory: expected int <= 3221225472"),
+        ({"name": "a", "reservation": -1}, "reservation: expected int >= 0 (bytes, a multiple of 4096)"),
+        ({"name": "a", "limit": 0}, "limit: expected int >= 1048576"),
+        ({"name": "a", "shares": 0}, "shares: expected int >= 1 (against others; 10 per MiB is normal)"),
+        ({"name": "a", "memory_target": 1 << 20}, "object contains unknown field memory_target"),
         ({"name": "a", "cap": 101}, "cap: expected int <= 100 (percent of one CPU; 0 = no cap)"),
         ({"name": "a", "vmm": "kvm"},
          "vmm: invalid enum value 'kvm' (hw: by hardware assistance, or bt: by binary translation)"),

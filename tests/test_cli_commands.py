@@ -84,6 +84,13 @@ def test_create_can_start_at_once(ctl: Ctl, served: ServedHost) -> None:
     ["clone", "a"],
     ["clone", "a", "b", "c", "--count", "2"],
     ["set", "a"],
+    ["set", "memory=96M"],
+    ["set", "a", "memory=lots"],
+    ["set", "a", "weight=many"],
+    ["set", "a", "colour=red"],
+    ["set", "a", "weight=1", "weight=2"],
+    ["set", "a", "weight=1", "--weight", "1"],
+    ["create", "a", "--kernel", "KERNEL", "--reservation", "some"],
     ["create", "a", "--kernel", "KERNEL", "--vmm", "kvm"],
     ["wait", "a", "--state", "odd"],
     ["nonsense"],
@@ -104,6 +111,8 @@ def test_no_command_shows_what_there_is(ctl: Ctl) -> None:
     (["create", "a", "--image", "none"], 3, "no image none"),
     (["create", "a", "--kernel", "KERNEL", "--append", "a\nb"], 1, "append: "),
     (["show", "none"], 3, "no VM 'none'"),
+    (["memory", "none"], 3, "no VM 'none'"),
+    (["set", "none", "memory=96M"], 3, "no VM 'none'"),
     (["start", "none"], 3, "no VM 'none'"),
     (["stop", "web-*"], 3, "no VM matches 'web-*'"),
     (["image", "remove", "none"], 3, "no image none"),
@@ -163,6 +172,55 @@ def test_shares_change(ctl: Ctl, served: ServedHost) -> None:
     assert "cap: expected int <= 100" in ctl("set", "a", "--cap", "101", status=1).stderr
 
 
+def test_settings_are_options_or_words(ctl: Ctl, served: ServedHost) -> None:
+    for name in "web-1", "web-2", "db":
+        ctl("create", name, "--kernel", "KERNEL", "--reservation", "8M", "--limit", "100M", "--shares", "50")
+    spec = served.host.guests["db"].spec
+    assert (spec.memory, spec.reservation, spec.limit, spec.shares) == (None, 8 << 20, 100 << 20, 50)
+    ctl("set", "memory=96M", "web-*", "reservation=0", "limit=64MiB", "shares=7", "weight=300", "cap=50",
+        "on_crash=restart", "on-poweroff=destroy", "autostart=yes")
+    for name in "web-1", "web-2":
+        spec = served.host.guests[name].spec
+        assert (spec.memory, spec.reservation, spec.limit, spec.shares) == (96 << 20, 0, 64 << 20, 7)
+        assert (spec.weight, spec.cap, spec.on_crash, spec.on_poweroff) == (300, 50, "restart", "destroy")
+        assert spec.autostart
+    ctl("set", "web-1", "--memory", "48M", "--limit", "32M", "shares=9")
+    spec = served.host.guests["web-1"].spec
+    assert (spec.memory, spec.limit, spec.shares) == (48 << 20, 32 << 20, 9)
+    assert served.host.guests["db"].spec.weight is None
+    assert "shares: expected int >= 1" in ctl("set", "db", "shares=0", status=1).stderr
+    assert "'colour' cannot be set: memory, reservation" in ctl("set", "db", "colour=red", status=2).stderr
+
+
+def test_memory_is_a_line_a_guest_and_one_for_the_host(ctl: Ctl) -> None:
+    for name in "a", "b":
+        ctl("create", name, "--kernel", "KERNEL")
+    header, *rows, host = ctl("memory").stdout.splitlines()
+    assert header.split() == ["NAME", "ASSIGNED", "RESIDENT", "PRIVATE", "SHARED", "BALLOONED", "SWAPPED",
+                              "WORKING", "SET", "TARGET", "GUEST", "FREE"]
+    assert [row.split() for row in rows] == [
+        [name, "0", "0", "1.0M", "0", "0", "0", "-", "96.0M", "-"] for name in ("a", "b")]
+    assert host == ("host: 512.0M of 1.0G free (soft), 256.0M private, 240.0M shared, 8.0M overhead, "
+                    "8.0M lent, 2.0G saved by sharing (5000 pages/s scanned), "
+                    "64.0M swapped to 16.0M of 4.0G, 2 guests wait for memory")
+    assert [row.split()[0] for row in ctl("memory", "b").stdout.splitlines()[1:-1]] == ["b"]
+    whole = json.loads(ctl("memory", "a*", "--format", "json").stdout)
+    assert [(vm["name"], vm["private"], vm["working_set"]) for vm in whole["vms"]] == [("a", 1 << 20, None)]
+    assert (whole["host"]["state"], whole["host"]["wrong"]) == ("soft", None)
+
+
+def test_books_are_checked_when_asked(ctl: Ctl, served: ServedHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "the books are right" in ctl("memory", "--check").stdout
+    assert json.loads(ctl("memory", "--check", "--format", "json").stdout)["host"]["wrong"] == []
+    monkeypatch.setattr(served.host, "wrong", ["frame 7 is both private and shared", "frame 9 is lost"])
+    assert "wrong" not in ctl("memory").output
+    result = CliRunner().invoke(main, ["--socket", str(served.socket), "memory", "--check"])
+    assert result.exit_code == 1
+    assert sorted(result.stderr.splitlines()) == [
+        "hostctl: the books of machine memory are wrong: frame 7 is both private and shared",
+        "hostctl: the books of machine memory are wrong: frame 9 is lost"]
+
+
 def test_everything_shown_is_also_json(ctl: Ctl) -> None:
     ctl("create", "a", "--kernel", "KERNEL", "--start")
     shown: list[tuple[list[str], Callable[[Any], Any], Any]] = [
@@ -171,6 +229,7 @@ def test_everything_shown_is_also_json(ctl: Ctl) -> None:
         (["exits", "a"], lambda value: value[0]["name"], "HLT"),
         (["tc", "a", "--address", "1000"], lambda value: value["text"], "00001000  nop\n"),
         (["operations"], lambda value: {row["status"] for row in value} <= {"done", "failed"}, True),
+        (["memory"], lambda value: value["vms"][0]["name"], "a"),
         (["host"], lambda value: value["memory"], 1 << 30),
         (["image", "list"], len, 0),
         (["version"], lambda value: value["hostd"], "0.1.0"),

@@ -17,7 +17,16 @@ from hostd.api.call import Call
 from hostd.api.schema import API_VERSION, VersionView
 from hostd.console import Console
 from hostd.host import Host
-from hostd.model import BlobView, ExitRow, HostView, ImageView, OperationView, TranslationsView, VmView
+from hostd.model import (
+    BlobView,
+    ExitRow,
+    HostView,
+    ImageView,
+    MemoryView,
+    OperationView,
+    TranslationsView,
+    VmView,
+)
 from hostd.operations import Operation
 
 #: the daemon's own backlog for a serial line is no larger
@@ -30,6 +39,10 @@ async def version(host: Host, call: Call) -> VersionView:
 
 async def host_view(host: Host, call: Call) -> HostView:
     return host.host_view()
+
+
+async def show_memory(host: Host, call: Call) -> MemoryView:
+    return await host.checked_memory() if call.query.check else host.memory()
 
 
 async def list_vms(host: Host, call: Call) -> list[VmView]:

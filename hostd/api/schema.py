@@ -44,6 +44,10 @@ class WaitQuery(Request):
     timeout: Timeout | None = None
 
 
+class MemoryQuery(Request):
+    check: Annotated[bool, Meta(description="check the books, too")] = False
+
+
 class OperationQuery(Request):
     wait: Annotated[Timeout, Meta(description="answer when it has ended, or after so many seconds")] = 0.0
 

@@ -19,6 +19,7 @@ from hostd.model import (
     ExitRow,
     HostView,
     ImageView,
+    MemoryView,
     OperationView,
     TranslationsView,
     VmView,
@@ -85,6 +86,11 @@ class Client:
     def host(self) -> HostView:
         host: HostView = self.call("GET", "/host", HostView)
         return host
+
+    def memory(self, check: bool = False) -> MemoryView:
+        query = {"check": "true"} if check else None
+        memory: MemoryView = self.call("GET", "/memory", MemoryView, query=query)
+        return memory
 
     def exits(self, name: str) -> list[ExitRow]:
         rows: list[ExitRow] = self.call("GET", vm_path(name, "exits"), list[ExitRow])

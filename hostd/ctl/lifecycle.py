@@ -35,13 +35,27 @@ def _shares(command: Callable[..., Any]) -> Callable[..., Any]:
     return weight(cap(command))
 
 
+def _memory(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--memory and what goes with it."""
+    options = (
+        click.option("--memory", type=SIZE, help="RAM, like 128M or 1G (default of create: the daemon's)."),
+        click.option("--reservation", type=SIZE, help="Machine memory that is its own (default: 0)."),
+        click.option("--limit", type=SIZE, help="The most machine memory it gets (default: all its RAM)."),
+        click.option("--shares", type=int, metavar="N",
+                     help="Claim on memory when there is too little (default: 10 for each MiB)."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command("create")
 @click.argument("name")
 @click.option("--image", help="A registered image (hostctl image list).")
 @click.option("--kernel", type=_FILE, help="A Linux, multiboot or flat kernel.")
 @click.option("--initrd", type=_FILE, help="Its initial RAM disk or module.")
 @click.option("--append", help="Its command line; with an image, instead of the image's own.")
-@click.option("--memory", type=SIZE, help="RAM, like 128M or 1G (default: the daemon's).")
+@_memory
 @click.option("--vmm", type=click.Choice(MONITORS), help="The monitor that runs it (default: the daemon's).")
 @_shares
 @_policies
@@ -109,9 +123,12 @@ def show_command(session: Session, name: str) -> None:
         match value:
             case dict() if field == "cpu":
                 fields += [(f"cpu {part}", duration(seconds)) for part, seconds in value.items()]
+            case dict() if field == "memory_events":
+                fields += [(f"pages {what.replace('_', ' ')}", count) for what, count in value.items()]
             case dict():
-                fields += [(f"memory {part}", size(count)) for part, count in value.items()]
-            case _ if field == "memory":
+                fields += [(f"memory {part.replace('_', ' ')}", size(count)) for part, count in value.items()
+                           if count is not None]
+            case int() if field in ("memory", "memory_target", "reservation", "limit"):
                 fields.append((label, size(value)))
             case _ if field.endswith("_s"):
                 fields.append((label, duration(value)))
@@ -218,15 +235,40 @@ def clone_command(session: Session, name: str, new: tuple[str, ...], count: int 
 
 
 @click.command("set")
-@many_names
+@click.argument("words", metavar="NAME... [KEY=VALUE]...", type=VM_NAME, nargs=-1, required=True)
+@_memory
 @_shares
 @_policies
 @click.option("--autostart/--no-autostart", default=None, help="Start it with the daemon.")
 @pass_session
-def set_command(session: Session, names: tuple[str, ...], **options: Any) -> None:
-    """Change the weight, the cap and the policies of VMs, running or not."""
+@click.pass_context
+def set_command(ctx: click.Context, session: Session, words: tuple[str, ...], **options: Any) -> None:
+    """Change the memory, the shares and the policies of VMs, running or not.
+
+    hostctl set 'web-*' memory=96M weight=200 is the same as --memory 96M --weight 200.  The memory of a VM
+    that is off is its new size; one that is on is asked to make do with so much of what it was started with.
+    """
+    names = tuple(word for word in words if "=" not in word)
     changes = {key: value for key, value in options.items() if value is not None}
+    for word in words:
+        if "=" in word:
+            key, value = _setting(ctx, word)
+            if key in changes:
+                raise click.UsageError(f"{key} is given twice")
+            changes[key] = value
+    if not names:
+        raise click.UsageError("name the VMs to change")
     if not changes:
-        raise click.UsageError("say what to change, such as --weight or --cap")
+        raise click.UsageError("say what to change, such as memory=96M or --weight 200")
     for name in session.expand(names):
         session.client.call("PATCH", vm_path(name), body=changes)
+
+
+def _setting(ctx: click.Context, word: str) -> tuple[str, Any]:
+    """KEY=VALUE, where KEY is an option of the command, as that option would have it."""
+    key, _, value = word.partition("=")
+    options = {option.name: option for option in ctx.command.params if isinstance(option, click.Option)}
+    option = options.get(key.replace("-", "_"))
+    if option is None or option.name is None:
+        raise click.UsageError(f"{key!r} cannot be set: {', '.join(str(name) for name in options)} can")
+    return option.name, option.type.convert(value, option, ctx)
