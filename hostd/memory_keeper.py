@@ -22,7 +22,7 @@ from hostd.guests import Guests
 from hostd.lifecycle import State
 from hostd.memory import MachineMemory
 from hostd.memory_state import HostMemoryState
-from hostd.policy import HostMemory, Policy, VmMemory, VmPlan, WorkingSet, settle
+from hostd.policy import HostMemory, Policy, VmMemory, VmPlan, WorkingSet, pressure, settle
 from hostd.policy.victims import NEW, aged, coldest
 from hostd.protocol import SetBalloon
 from hostd.reclaiming import Reclaimer
@@ -37,10 +37,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECIDE_S = 1.0
+#: the same while there is plenty of memory, which is seen without looking at every guest
+PLENTY_S = 10.0
+#: the part of the pool that is free then
+PLENTY = 0.1
 #: between two looks at the working sets
 SAMPLE_S = 20.0
 #: how old a guest's statistics may be while nobody needs them: asking wakes the guest
 STATISTICS_S = 30.0
+#: and between questions whether there is a balloon driver, which wake nobody
+DRIVER_S = 5.0
 #: pages frozen, written and let go of at once
 BATCH = 1024
 
@@ -83,13 +89,23 @@ class MemoryKeeper:
         """Keep memory until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sample)
+            decided, about = -PLENTY_S, None
             while True:
                 with trio.move_on_after(DECIDE_S):
                     await self._hunger.wait()
+                claims = [(vm.name, vm.boots, vm.definition) for vm in self._guests.vms.values()]
+                if (not self._hunger.is_set() and claims == about and self._plenty()
+                        and trio.current_time() < decided + PLENTY_S):
+                    continue
                 self._hunger = trio.Event()
+                decided, about = trio.current_time(), claims
                 await self.decide()
                 # hunger that is not stilled at once waits for the next decision, not for a busy loop
                 await trio.sleep(DECIDE_S / 10)
+
+    def _plenty(self) -> bool:
+        return (self._policy.state is pressure.State.HIGH
+                and self._memory.books.free_frames() > PLENTY * self._memory.pool.frames)
 
     # --- deciding
 
@@ -157,8 +173,9 @@ class MemoryKeeper:
         assert vm.block is not None
         wanted = max(plan.balloon, vm.block.pages - (vm.definition.memory_target_bytes >> 12))
         vm.memory_state.balloon_target = wanted
-        age = now - watch.asked
-        if wanted == watch.target and age < (DECIDE_S if self._policy.state else STATISTICS_S):
+        patience = (DRIVER_S if vm.balloon is None or not vm.balloon.driver
+                    else DECIDE_S if self._policy.state else STATISTICS_S)
+        if wanted == watch.target and now < watch.asked + patience:
             return
         watch.target, watch.asked = wanted, now
         vm.worker.send(SetBalloon(vm.lease, wanted))
