@@ -273,3 +273,30 @@ def test_batches_are_bounded() -> None:
     assert sizes == [BATCH, pages - BATCH]
     host.check()
     host.end()
+
+
+# -- places -------------------------------------------------------------------------------------------------
+
+
+def test_guests_that_come_after_others_went(host: SharingHost) -> None:
+    """Of other sizes, and with pages that wait and are hinted at over it."""
+    first, second, third = host.guest("a", 256), host.guest("b", 300), host.guest("c", 256)
+    for guest in first, third:
+        for page in range(30):
+            guest.fill(page, b"waiting %d" % page)
+    second.fill(299, b"the last page")
+    host.scan()
+    second.end()
+    host.scan()
+    assert third.count("shared") == first.count("shared") == 30
+    fourth, fifth = host.guest("b", 400), host.guest("b", 256)
+    for page in range(200, 230):
+        fourth.fill(page, b"hinted %d" % page)
+        fifth.fill(page, b"hinted %d" % page)
+    fourth.fill(399, b"the last page")
+    first.end()
+    host.scan()
+    assert fourth.count("shared") == fifth.count("shared") == 30
+    fifth.fill(255, b"the last page")
+    host.scan(3)
+    assert fourth.frame(399) == fifth.frame(255)

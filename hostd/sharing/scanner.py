@@ -6,7 +6,6 @@ The rules by which a page is offered are in `hostd.sharing`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,9 +22,6 @@ _WINDOW = 4096
 #: entries that are passed over in the time in which a page is hashed
 _ENTRIES_A_PAGE = 512
 _PRIVATE = np.uint64(Kind.PRIVATE << KIND_SHIFT)
-#: a place is a guest's number, from 1, and a page number
-_PAGE_BITS = np.uint64(32)
-_PAGE_MASK = np.uint64((1 << 32) - 1)
 
 Hash = Callable[[np.ndarray], np.ndarray]
 
@@ -62,24 +58,21 @@ class Candidates:
 
 
 class _Known:
-    """What is remembered of a guest."""
+    """A guest the walk goes through."""
 
-    def __init__(self, guest: ScanGuest, number: int) -> None:
+    def __init__(self, guest: ScanGuest, first: int) -> None:
         self.guest = guest
-        self.number = np.uint64(number)
+        self.pages = len(guest.leaf)
+        #: the place of its page 0
+        self.first = first
         #: where the walk goes on, and whether it has been through in this pass
         self.cursor = 0
         self.done = False
-        #: hash of each page when it was last looked at; other than that once it was offered
-        self.last = np.zeros(len(guest.leaf), dtype=np.uint64)
-        #: has been hashed; has been offered
-        self.seen = np.zeros(len(guest.leaf), dtype=bool)
-        self.offered = np.zeros(len(guest.leaf), dtype=bool)
 
     def next_pages(self, most: int) -> tuple[np.ndarray, np.ndarray]:
         """The next few private pages and their frames, at most `most`; none when the walk is through."""
         leaf = self.guest.leaf
-        while self.cursor < len(leaf):
+        while self.cursor < self.pages:
             entries = leaf[self.cursor:self.cursor + _WINDOW].copy()
             found = np.flatnonzero((entries & np.uint64(KIND_MASK)) == _PRIVATE)
             pages = found[:most] + self.cursor
@@ -88,11 +81,6 @@ class _Known:
                 return pages, ((entries[found[:most]] & np.uint64(FRAME_MASK)) >> PAGE_SHIFT).astype(np.int64)
         self.done = True
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-
-    def offer(self, pages: np.ndarray) -> None:
-        """These are on their way to be shared.  If they are seen again, two looks must agree first."""
-        self.offered[pages] = True
-        self.last[pages] = ~self.last[pages]
 
 
 class Scanner:
@@ -108,11 +96,15 @@ class Scanner:
         #: passes over all guests that are complete
         self.passes = 0
         self._waiting = Waiting(key)
-        self._numbers = itertools.count(1)
+        #: by key, in the order of their places
         self._known: dict[Hashable, _Known] = {}
-        self._by_number: dict[int, _Known] = {}
-        #: of each image, who was last seen to have a page there
-        self._places: dict[Hashable, np.ndarray] = {}
+        #: a place is a number for each page of each guest, from 1; by place, the hash of the page when it was
+        #: last looked at, or another one if it was offered then, or 0 if there is none
+        self._last = np.zeros(1, dtype=np.uint64)
+        self._seen = np.zeros(1, dtype=bool)
+        self._offered = np.zeros(1, dtype=bool)
+        #: of each image, the place of the page that was last seen with this number
+        self._there: dict[Hashable, np.ndarray] = {}
         self._turn = 0
         #: hashes of this scan's freezes
         self._promised: set[int] = set()
@@ -143,7 +135,7 @@ class Scanner:
         The answer is the frames whose pin is not needed.
         """
         if key in self._known:
-            self._known[key].offer(pages)
+            self._offer(self._known[key].first + pages)
         return self.table.add(self._hash(frames), frames)
 
     def targets(self, key: Hashable, pages: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,23 +143,22 @@ class Scanner:
         frames = self.table.frames(hashes)
         pages, frames = pages[frames != 0], frames[frames != 0]
         if key in self._known:
-            self._known[key].offer(pages)
+            self._offer(self._known[key].first + pages)
         return pages, frames
 
     # -- guests --------------------------------------------------------------------------------------------
 
     def _meet(self, guests: Sequence[ScanGuest]) -> None:
         """Get to know new guests, and forget those that are gone."""
-        keys = {guest.key for guest in guests}
-        for key in self._known.keys() - keys:
-            del self._by_number[int(self._known.pop(key).number)]
+        for key in self._known.keys() - {guest.key for guest in guests}:
+            known = self._known.pop(key)
+            self._last[known.first:known.first + known.pages] = 0
         for guest in guests:
             if guest.key not in self._known:
-                known = _Known(guest, next(self._numbers))
-                self._known[guest.key] = self._by_number[int(known.number)] = known
-        if len(self._places) > len(self._known):
-            images = {known.guest.image for known in self._known.values()}
-            self._places = {image: places for image, places in self._places.items() if image in images}
+                known = self._known[guest.key] = _Known(guest, len(self._last))
+                self._last = np.append(self._last, np.zeros(known.pages, dtype=np.uint64))
+                self._seen = np.append(self._seen, np.zeros(known.pages, dtype=bool))
+                self._offered = np.append(self._offered, np.zeros(known.pages, dtype=bool))
 
     def _end_pass(self) -> None:
         if not self._known:
@@ -175,34 +166,50 @@ class Scanner:
         self.passes += 1
         for known in self._known.values():
             known.cursor, known.done = 0, False
-        self._waiting.clear(sum(int(np.count_nonzero(known.seen)) for known in self._known.values()))
+        self._waiting.clear(int(np.count_nonzero(self._seen)))
+        if len(self._last) > 1 + sum(known.pages for known in self._known.values()):
+            self._close_ranks()
+
+    def _close_ranks(self) -> None:
+        """Have no places without a guest.  Nobody may remember a place over this."""
+        kept = np.concatenate([[0], *(np.arange(known.first, known.first + known.pages)
+                                      for known in self._known.values())])
+        self._last, self._seen, self._offered = self._last[kept], self._seen[kept], self._offered[kept]
+        self._there.clear()
+        first = 1
+        for known in self._known.values():
+            known.first = first
+            first += known.pages
 
     # -- pages ---------------------------------------------------------------------------------------------
 
+    def _offer(self, places: np.ndarray) -> None:
+        """These are on their way to be shared.  If they are seen again, two looks must agree first."""
+        self._offered[places] = True
+        self._last[places] = ~self._last[places]
+
     def _look(self, known: _Known, pages: np.ndarray, hashes: np.ndarray, found: _Found) -> None:
         """Decide on a few pages of a guest."""
-        stable = known.seen[pages] & (known.last[pages] == hashes)
-        free = stable | ~known.offered[pages]
-        known.last[pages] = hashes
-        known.seen[pages] = True
+        places = known.first + pages
+        stable = self._seen[places] & (self._last[places] == hashes)
+        free = stable | ~self._offered[places]
+        self._last[places] = hashes
+        self._seen[places] = True
         found.scanned += len(pages)
 
-        zero = hashes == 0
-        gone = pages[zero & free]
-        if len(gone):
-            known.offer(gone)
-            found.zeros.append((known.guest.key, gone))
-
-        rest = free & ~zero
+        zero = free & (hashes == 0)
+        if zero.any():
+            self._offer(places[zero])
+            found.zeros.append((known.guest.key, pages[zero]))
+        rest = free & (hashes != 0)
         merge = rest & self._is_shared(hashes)
         rest &= ~merge
-        own = known.number << _PAGE_BITS | pages.astype(np.uint64)
-        there = self._places_of(known)
+        there = self._pages_there(known)
         mates = there[pages]
-        there[pages] = own
-        hinted = self._equal(mates, hashes, rest & (mates != own))
+        there[pages] = places
+        hinted = self._equal(mates, places, hashes, rest)
         self._pair(mates[hinted], hashes[hinted], found)
-        merge |= hinted | self._match(own, hashes, rest & ~hinted & stable, found)
+        merge |= hinted | self._match(places, hashes, rest & ~hinted & stable, found)
         if merge.any():
             found.merges.append((known.guest.key, pages[merge], hashes[merge]))
 
@@ -213,47 +220,45 @@ class Scanner:
             shared |= np.array([key in self._promised for key in hashes.tolist()], dtype=bool)
         return shared
 
-    def _match(self, own: np.ndarray, hashes: np.ndarray, which: np.ndarray, found: _Found) -> np.ndarray:
+    def _match(self, places: np.ndarray, hashes: np.ndarray, which: np.ndarray, found: _Found) -> np.ndarray:
         """Which pages are equal to one that waits; the others of `which` wait from now on."""
         slots = self._waiting.at(hashes)
         mates = self._waiting.get(slots)
-        matched = self._equal(mates, hashes, which & (mates != own))
+        matched = self._equal(mates, places, hashes, which)
         alone = which & ~matched
-        self._waiting.put(slots[alone], own[alone])
+        self._waiting.put(slots[alone], places[alone])
         # two of these pages may be equal to one another: all but the one in the slot see that now
         beside = self._waiting.get(slots)
-        twins = self._equal(beside, hashes, alone & (beside != own))
+        twins = self._equal(beside, places, hashes, alone)
         self._pair(mates[matched], hashes[matched], found)
         self._pair(beside[twins], hashes[twins], found)
         return matched | twins
 
-    def _places_of(self, known: _Known) -> np.ndarray:
-        places = self._places.get(known.guest.image)
-        if places is None or len(places) < len(known.last):
-            grown = np.zeros(len(known.last), dtype=np.uint64)
-            if places is not None:
-                grown[:len(places)] = places
-            places = self._places[known.guest.image] = grown
-        return places
+    def _pages_there(self, known: _Known) -> np.ndarray:
+        there = self._there.get(known.guest.image)
+        if there is None:
+            there = np.zeros(0, dtype=np.int64)
+        if len(there) < known.pages:
+            there = np.append(there, np.zeros(known.pages - len(there), dtype=np.int64))
+            self._there[known.guest.image] = there
+        return there
 
-    def _equal(self, places: np.ndarray, hashes: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """Which of `which` places had these hashes when they were looked at last."""
-        equal = np.zeros(len(places), dtype=bool)
-        numbers = places >> _PAGE_BITS
-        for number in np.unique(numbers[which]):
-            known = self._by_number.get(int(number))
-            if known is not None:
-                theirs = np.flatnonzero(which & (numbers == number))
-                equal[theirs] = known.last[places[theirs] & _PAGE_MASK] == hashes[theirs]
-        return equal
+    def _equal(self, mates: np.ndarray, places: np.ndarray, hashes: np.ndarray,
+               which: np.ndarray) -> np.ndarray:
+        """Which of `which` have a mate, other than themselves, that had the same hash when last looked at."""
+        return which & (mates != places) & (self._last[mates] == hashes)
 
     def _pair(self, mates: np.ndarray, hashes: np.ndarray, found: _Found) -> None:
         """Pages that others are equal to are to become shared frames, one for each hash."""
-        for mate, key in zip(mates.tolist(), hashes.tolist(), strict=True):
+        if not len(mates):
+            return
+        guests = list(self._known.values())
+        owners = np.searchsorted([known.first for known in guests], mates, side="right") - 1
+        for owner, mate, key in zip(owners.tolist(), mates.tolist(), hashes.tolist(), strict=True):
             if key not in self._promised:
                 self._promised.add(key)
-                known = self._by_number[mate >> 32]
-                found.freezes.setdefault(known.guest.key, []).append(mate & (1 << 32) - 1)
+                known = guests[owner]
+                found.freezes.setdefault(known.guest.key, []).append(mate - known.first)
 
 
 class _Found:
