@@ -63,8 +63,8 @@ class Waiting:
     """Pages that have not changed for a pass, by hash: one a slot, the last that came.
 
     A page is a number, not 0 (`Scanner`'s places).  What is in a slot is only where to look: who looks
-    compares the hash.  `clear` is called between passes and puts hashes in other slots, so that two which fell
-    into one slot do not do so for ever.
+    compares the hash.  `clear` is called between passes and puts hashes in other slots, so that two which
+    fell into one slot do not do so for ever.
     """
 
     def __init__(self, key: np.random.Generator) -> None:
@@ -73,7 +73,7 @@ class Waiting:
 
     def clear(self, pages: int) -> None:
         """Forget all, and have room for about `pages` pages."""
-        bits = max(10, pages.bit_length())
+        bits = max(14, pages.bit_length() + 1)
         self._slots = np.zeros(1 << bits, dtype=np.int64)
         self._factor = self._key.integers(0, 1 << 64, dtype=np.uint64) | np.uint64(1)
         self._shift = np.uint64(64 - bits)
