@@ -8,6 +8,7 @@ is plainly wrong (no such VM, a state in which it is not possible) is raised at 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -89,6 +90,8 @@ class Host:
         self._images_lock = trio.Lock()
         #: names of VMs in the making
         self._reserved: set[str] = set()
+        #: definitions that were admitted and are not in force yet, by name
+        self._promised: dict[str, Definition] = {}
         self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
@@ -267,7 +270,7 @@ class Host:
 
     async def create(self, request: VmCreate) -> VmView:
         definition = self._define(request)
-        with self._reserve([definition.name]):
+        with self._reserve([definition.name]), self._promise([definition]):
             await self._check_bootable(definition)
             await trio.to_thread.run_sync(self._inventory.save, [definition])
             self._guests.add(Vm(definition, self.events))
@@ -280,12 +283,11 @@ class Host:
         async with self._guests.changing(vm):
             definition = changed(vm.definition, patch, vm.state in AT_REST)
             self._check_memory_of(definition)
-            if grows(vm.definition, definition):
-                self._admit([definition])
-            if definition.memory != vm.definition.memory:
-                await self._check_bootable(definition)
-            await trio.to_thread.run_sync(self._inventory.save, [definition])
-            vm.definition = definition
+            with self._promise([definition] if grows(vm.definition, definition) else []):
+                if definition.memory != vm.definition.memory:
+                    await self._check_bootable(definition)
+                await trio.to_thread.run_sync(self._inventory.save, [definition])
+                vm.definition = definition
             if vm.worker is not None:
                 vm.worker.send(SetShare(vm.lease, definition.weight, definition.cap))
         return vm.view()
@@ -329,9 +331,12 @@ class Host:
         if vm.state not in (State.RUNNING, State.PAUSED):
             raise Conflict(f"VM {name} is {vm.state}: it must be paused or running to be cloned")
         self._check_names(request.names)
+        clones = [msgspec.structs.replace(vm.definition, name=new) for new in request.names]
+        # they share most of what their memory comes to, but each has a reservation of its own
+        self._admit(clones, math.inf)
 
         async def work(operation: Operation) -> list[str]:
-            with self._reserve(request.names):
+            with self._reserve(request.names), self._promise(clones, math.inf):
                 await self._cloner.clone(vm, request.names, request.start, operation.step)
             return request.names
 
@@ -425,7 +430,6 @@ class Host:
             on_poweroff=defaults.on_poweroff if request.on_poweroff is None else request.on_poweroff,
             created=time.time())
         self._check_memory_of(definition)
-        self._admit([definition])
         return definition
 
     def _check_memory_of(self, definition: Definition) -> None:
@@ -433,12 +437,24 @@ class Host:
         check_claim(definition)
         self._memory.books.check_size(definition.memory)
 
-    def _admit(self, definitions: Sequence[Definition], ratio: float | None = None) -> None:
+    def _admit(self, definitions: Sequence[Definition], ratio: float) -> None:
         """Raise Conflict unless the host can promise these VMs their memory beside all others."""
-        named = {definition.name for definition in definitions}
-        others = [vm.definition for vm in self._guests.vms.values() if vm.name not in named]
-        check_admission(self._memory.pool.size, ratio or self.config.memory.overcommit_ratio, others,
-                        definitions)
+        others = {vm.name: vm.definition for vm in self._guests.vms.values()} | self._promised
+        for definition in definitions:
+            others.pop(definition.name, None)
+        check_admission(self._memory.pool.size, ratio, others.values(), definitions)
+
+    @contextmanager
+    def _promise(self, definitions: Sequence[Definition], ratio: float | None = None) -> Iterator[None]:
+        """The same by the configuration's ratio, and count them until they are in force."""
+        self._admit(definitions, self.config.memory.overcommit_ratio if ratio is None else ratio)
+        promised = {definition.name: definition for definition in definitions}
+        self._promised |= promised
+        try:
+            yield
+        finally:
+            for name in promised:
+                del self._promised[name]
 
     async def _check_bootable(self, definition: Definition) -> None:
         """Raise what a start would raise, before the definition is written."""

@@ -67,7 +67,7 @@ class HostMemoryState:
 
     #: how short of memory it is
     pressure: State = State.HIGH
-    #: guests that wait for memory
+    #: workers that wait for frames
     waiting: int = 0
     #: page sharing: pages looked at in a second now, and since the daemon started
     scan_rate: float = 0.0

@@ -302,7 +302,7 @@ class MemoryView(View, frozen=True):
     saved: int
     swap: SwapUsage = SwapUsage()
     state: Pressure = "high"
-    #: guests that wait for memory now
+    #: workers that wait for frames, and with them those of their guests that need some
     waiting: int = 0
     #: page sharing: pages looked at in a second now, and since the daemon started
     scan_rate: float = 0.0
@@ -339,7 +339,8 @@ class OperationView(View, frozen=True):
 
 class Event(View, frozen=True):
     """One line of GET /events.  `type` is "vm.defined", "vm.state", "vm.destroyed", "vm.moved",
-    "operation", "worker", "config" or "lost" (this reader was too slow, `data.count` events are missing)."""
+    "operation", "worker", "memory" (how short of it the host is now), "config" or "lost" (this reader was too
+    slow, `data.count` events are missing)."""
 
     type: str
     time: float

@@ -202,7 +202,7 @@ def test_memory_is_a_line_a_guest_and_one_for_the_host(ctl: Ctl) -> None:
         [name, "0", "0", "1.0M", "0", "0", "0", "-", "96.0M", "-"] for name in ("a", "b")]
     assert host == ("host: 512.0M of 1.0G free (soft), 256.0M private, 240.0M shared, 8.0M overhead, "
                     "8.0M lent, 2.0G saved by sharing (5000 pages/s scanned), "
-                    "64.0M swapped to 16.0M of 4.0G, 2 guests wait for memory")
+                    "64.0M swapped to 16.0M of 4.0G, 2 workers wait for memory")
     assert [row.split()[0] for row in ctl("memory", "b").stdout.splitlines()[1:-1]] == ["b"]
     whole = json.loads(ctl("memory", "a*", "--format", "json").stdout)
     assert [(vm["name"], vm["private"], vm["working_set"]) for vm in whole["vms"]] == [("a", 1 << 20, None)]

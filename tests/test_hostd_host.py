@@ -16,9 +16,9 @@ import trio.testing
 from hostd import workers
 from hostd.errors import Conflict, Failed, HostError, Invalid, NotFound, TimedOut
 from hostd.host import Host
-from hostd.model import ImageSpec, StopRequest, VmPatch
+from hostd.model import MIN_MEMORY, ImageSpec, StopRequest, VmPatch
 from hostd.scheduler import LATENCY_BOUNDS_NS
-from tests.told_host import MEMORY, ToldHost
+from tests.told_host import MEMORY, SOON, ToldHost
 
 
 def definitions(told: ToldHost) -> set[str]:
@@ -141,6 +141,127 @@ async def test_a_changed_share_reaches_the_guest_and_the_disk(told: ToldHost) ->
     assert (view.weight, view.cap) == (300, 50)
     await told.prints("web", "share 300 50")
     assert '"weight": 300' in (told.host.config.state_dir / "vms" / "web.json").read_text()
+
+
+async def test_memory_of_a_running_guest_is_what_it_may_use_and_of_a_halted_one_its_size(
+        told: ToldHost) -> None:
+    await told.running("web")
+    view = await told.host.update("web", VmPatch(memory=MEMORY // 2, reservation=1 << 20, shares=7))
+    assert (view.memory, view.memory_target, view.reservation, view.shares) == (
+        MEMORY, MEMORY // 2, 1 << 20, 7)
+    saved = msgspec.json.decode((told.host.config.state_dir / "vms" / "web.json").read_bytes())
+    assert (saved["memory"], saved["memory_target"], saved["reservation"]) == (MEMORY, MEMORY // 2, 1 << 20)
+    with pytest.raises(Conflict, match="stop it to give it 4 MiB"):
+        await told.host.update("web", VmPatch(memory=2 * MEMORY))
+    assert (await told.host.update("web", VmPatch(memory=MEMORY))).memory_target is None
+    await told.stop("web", force=True)
+    view = await told.host.update("web", VmPatch(memory=2 * MEMORY))
+    assert (view.memory, view.memory_target, view.limit) == (2 * MEMORY, None, 2 * MEMORY)
+    await told.host.start("web").outcome()
+    assert told.host.get("web").memory_usage.assigned == 2 * MEMORY
+
+
+@pytest.mark.parametrize(("patch", "sentence"), [
+    (VmPatch(reservation=MEMORY + 4096), r"the reservation of .* is more than the limit of 2 MiB"),
+    (VmPatch(limit=2 * MEMORY), "the limit of 4 MiB is not above 0 and at most the VM's memory of 2 MiB"),
+    (VmPatch(limit=MIN_MEMORY, reservation=MEMORY), "is more than the limit of 1 MiB"),
+    (VmPatch(reservation=1000), "reservation of 1000 bytes is not a whole number of 4 KiB pages"),
+    (VmPatch(memory=MEMORY + 1), "memory of 2097153 bytes is not a whole number of 4 KiB pages"),
+    (VmPatch(memory=64 << 20), "memory of 64 MiB is more than the host's pool of 64 MiB holds"),
+    (VmPatch(memory=MIN_MEMORY), r"the kernel needs memory .* and the machine has only 1 MiB"),
+])
+async def test_settings_that_cannot_be_change_nothing(told: ToldHost, patch: VmPatch, sentence: str) -> None:
+    await told.create("web")
+    before = told.host.get("web")
+    with pytest.raises(Invalid, match=sentence):
+        await told.host.update("web", patch)
+    assert told.host.get("web") == before
+
+
+async def test_the_host_promises_no_more_than_it_may(told: ToldHost) -> None:
+    """A pool of 64 MiB, of which VMs may have twice as much between them."""
+    await told.create("large", memory=60 << 20, reservation=50 << 20)
+    with pytest.raises(Conflict, match="VM other is not admitted: a reservation of 20 MiB with"):
+        await told.create("other", memory=60 << 20, reservation=20 << 20)
+    await told.create("other", memory=60 << 20)
+    with pytest.raises(Conflict, match="than the 128 MiB that an overcommit ratio of 2 allows"):
+        await told.create("third", memory=9 << 20)
+    await told.create("third", memory=2 << 20)
+    with pytest.raises(Conflict, match="VM third is not admitted"):
+        await told.host.update("third", VmPatch(memory=9 << 20))
+    with pytest.raises(Conflict, match="VM other is not admitted"):
+        await told.host.update("other", VmPatch(reservation=20 << 20))
+    await told.host.update("large", VmPatch(reservation=0))
+    await told.host.update("other", VmPatch(reservation=20 << 20))
+    assert definitions(told) == {"large.json", "other.json", "third.json"}
+
+
+async def test_what_is_in_the_making_counts(told: ToldHost) -> None:
+    """Of two requests at once that fit one at a time, one is refused."""
+    kernel = await told.blob()
+    outcomes: list[str] = []
+
+    async def attempt(name: str) -> None:
+        try:
+            await told.create(name, kernel=kernel, memory=40 << 20, reservation=40 << 20)
+            outcomes.append("made")
+        except Conflict:
+            outcomes.append("refused")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(attempt, "one")
+        nursery.start_soon(attempt, "two")
+    assert sorted(outcomes) == ["made", "refused"]
+    assert len(definitions(told)) == 1
+
+
+async def test_a_lower_ratio_leaves_what_there_is(told: ToldHost) -> None:
+    await told.create("web", memory=60 << 20)
+    memory = msgspec.structs.replace(told.host.config.memory, overcommit_ratio=0.5)
+    told.host.reload(msgspec.structs.replace(told.host.config, memory=memory))
+    assert (await told.host.update("web", VmPatch(weight=7, memory=40 << 20))).memory == 40 << 20
+    with pytest.raises(Conflict, match=r"an overcommit ratio of 0\.5 allows"):
+        await told.create("other")
+
+
+async def test_clones_have_reservations_of_their_own(told: ToldHost) -> None:
+    await told.running("web", memory=20 << 20, reservation=16 << 20)
+    with pytest.raises(Conflict, match=r"VM four is not admitted: a reservation of 16 MiB"):
+        await told.clone("web", "two", "three", "four")
+    await told.clone("web", "two", "three")
+    assert told.host.get("three").reservation == 16 << 20
+
+
+async def test_machine_memory_adds_up_and_is_right(told: ToldHost) -> None:
+    await told.running("web")
+    await told.clone("web", "twin")
+    memory = await told.host.checked_memory()
+    assert memory.pool == 64 << 20 == (
+        memory.free + memory.lent + memory.private + memory.shared + memory.overhead)
+    assert memory.wrong == []
+    assert memory.saved == memory.shared > 0            # two have what is there once
+    assert (memory.state, memory.waiting, memory.swap.limit) == ("high", 0, 4 << 30)
+
+
+async def test_only_what_stays_wrong_is_wrong(told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What workers had on their tongues while the books were checked is not."""
+    await told.ready_workers()
+    said = [["frame 1 is odd", "frame 2 is odd"], ["frame 2 is odd", "frame 3 is odd"]]
+    monkeypatch.setattr(told.host, "check_memory", lambda: said.pop(0))
+    assert (await told.host.checked_memory()).wrong == ["frame 2 is odd"]
+    assert said == []
+    monkeypatch.undo()
+
+
+async def test_a_worker_that_dies_does_not_hold_up_the_check(told: ToldHost,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = await told.ready_workers()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr(told.host, "check_memory", lambda: ["frame 1 is odd"])
+    with trio.fail_after(SOON):
+        assert (await told.host.checked_memory()).wrong == ["frame 1 is odd"]
+    monkeypatch.undo()
 
 
 async def test_a_refused_guest_is_crashed_with_the_worker_s_reason(told: ToldHost) -> None:

@@ -55,7 +55,7 @@ def _describe(host: MemoryView) -> str:
     parts.append(f"{size(swap.used)} swapped to {size(swap.compressed)} of {size(swap.limit)}" if swap.limit
                  else "no swap")
     if host.waiting:
-        parts.append(f"{host.waiting} guests wait for memory")
+        parts.append(f"{host.waiting} workers wait for memory")
     if host.wrong == []:
         parts.append("the books are right")
     return f"host: {', '.join(parts)}"

@@ -32,9 +32,9 @@ def admit(pool: int, ratio: float, others: Iterable[Commitment], request: Commit
                 f"does not fit the {in_mib(max(unreserved, 0))} of the host's {in_mib(pool)} that are not "
                 f"reserved")
     committed = sum(other.memory for other in others)
-    most = int(pool * ratio)
+    most = pool * ratio
     if committed + request.memory > most:
         return (f"memory of {in_mib(request.memory)} beside the {in_mib(committed)} of other VMs is more "
-                f"than the {in_mib(most)} that an overcommit ratio of {ratio:g} allows on a host of "
+                f"than the {in_mib(int(most))} that an overcommit ratio of {ratio:g} allows on a host of "
                 f"{in_mib(pool)}")
     return None
