@@ -5,17 +5,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
-from hostd.errors import Conflict, HostError
+from hostd.errors import HostError
 from hostd.events import Events
 from hostd.guests import Guests, Step
 from hostd.inventory import Inventory
-from hostd.lifecycle import State, Trigger
+from hostd.lifecycle import Trigger
 from hostd.memory import MachineMemory
+from hostd.model import ClonesView
 from hostd.vm import Vm
+
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
 
 
 class Cloner:
@@ -25,50 +30,42 @@ class Cloner:
         self._inventory = inventory
         self._events = events
 
-    async def clone(self, source: Vm, names: Sequence[str], start: bool, step: Step) -> None:
+    async def clone(self, source: Vm, names: Sequence[str], start: bool, step: Step) -> ClonesView:
         """Make VMs `names` out of `source`, paused or running, as it is at this moment; a running one stands
-        still for that.  All of them are made, or none."""
-        async with self._guests.changing(source):
-            if source.state not in (State.RUNNING, State.PAUSED):
-                raise Conflict(f"VM {source.name} is {source.state}: only paused or running it can be cloned")
-            running = source.state == State.RUNNING
-            if running:
-                await self._guests.park(source)
-            state = source.parked
-            try:
-                clones = await self._make(source, names, step)
-            finally:
-                if running:
-                    with trio.CancelScope(shield=True):
-                        await self._guests.unpark(source)
-        for clone in clones:
-            self._guests.add(clone)
-        await self._launch(clones, state, start, step)
-
-    async def _make(self, source: Vm, names: Sequence[str], step: Step) -> list[Vm]:
-        """Definitions and memory of the clones."""
-        common = msgspec.structs.replace(source.definition, template=source.name, created=time.time(),
-                                         autostart=False)
-        definitions = [msgspec.structs.replace(common, name=name) for name in names]
-        clones: list[Vm] = []
+        still while its memory is copied once, by sharing.  All of them are made, or none."""
         step("writing definitions", 0.1)
-        await trio.to_thread.run_sync(self._inventory.save, definitions)
+        async with self._guests.changing(source):
+            common = msgspec.structs.replace(source.definition, template=source.name, created=time.time(),
+                                             autostart=False)
+            definitions = [msgspec.structs.replace(common, name=name) for name in names]
+            await trio.to_thread.run_sync(self._inventory.save, definitions)
+            try:
+                step("copying memory", 0.3)
+                copy = await self._guests.copy_memory(source)
+                blocks = await self._multiply(copy.block, len(names))
+            except BaseException:
+                for name in names:
+                    self._inventory.remove(name)
+                raise
+        clones = [Vm(definition, self._events) for definition in definitions]
+        for clone, block in zip(clones, blocks):
+            clone.block = block
+            self._guests.add(clone)
+        await self._launch(clones, copy.state, start, step)
+        return ClonesView(names=list(names), pause_s=copy.pause_s)
+
+    async def _multiply(self, block: VmBlock, count: int) -> list[VmBlock]:
+        """`block`, which nobody runs, and clones of it: `count` in all, or none, and `block` is freed."""
+        blocks = [block]
         try:
-            assert source.block is not None
-            for definition in definitions:
-                step(f"sharing memory with {definition.name}", 0.3 + 0.4 * len(clones) / len(names))
-                clone = Vm(definition, self._events)
-                clone.block = self._memory.books.clone(source.block)
-                clones.append(clone)
+            while len(blocks) < count:
+                blocks.append(self._memory.books.clone(block))
                 await trio.lowlevel.checkpoint()
         except BaseException:
-            for clone in clones:
-                assert clone.block is not None
-                self._memory.books.free(clone.block)
-            for name in names:
-                self._inventory.remove(name)
+            for block in blocks:
+                self._guests.free_copy(block)
             raise
-        return clones
+        return blocks
 
     async def _launch(self, clones: list[Vm], state: bytes, start: bool, step: Step) -> None:
         """Have the clones run, or wait as paused.  Beyond this point each has a life of its own: what fails

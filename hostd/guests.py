@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
@@ -23,12 +25,23 @@ from hostd.placement import Placement
 from hostd.vm import Vm
 from hostd.workers import Worker, Workers
 
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
+
 log = logging.getLogger(__name__)
 
 #: workers a guest is offered to, one after the other, as long as they die before they have it
 HAND_OVERS = 3
 
 Step = Callable[[str, float], None]
+
+
+class Copy(NamedTuple):
+    """A guest at one moment: memory that nobody writes, its MachineState, and how long it stood still."""
+
+    block: VmBlock
+    state: bytes
+    pause_s: float
 
 
 class Guests:
@@ -69,12 +82,43 @@ class Guests:
         async with self.changing(vm):
             await self.park(vm)
 
-    async def park(self, vm: Vm) -> None:
+    async def park(self, vm: Vm) -> protocol.Released:
         """Take a running guest back.  The caller holds its lock."""
         vm.check(Trigger.PAUSE)
         released = await self.leases.release(vm)
         vm.parked = released.state
         vm.follow(Trigger.PAUSE)
+        return released
+
+    async def copy_memory(self, vm: Vm) -> Copy:
+        """The guest as it is at this moment; a running one stands still for that.  The caller holds its lock
+        and gets a block that is no VM's, to be freed.  Raises Conflict for one that is neither running nor
+        paused."""
+        if vm.state not in (State.RUNNING, State.PAUSED):
+            raise Conflict(f"VM {vm.name} is {vm.state}: it must be paused or running")
+        parked = await self.park(vm) if vm.state is State.RUNNING else None
+        assert vm.block is not None
+        state = vm.parked
+        try:
+            block = self._memory.books.clone(vm.block)
+        finally:
+            if parked is not None:
+                await self._go_on(vm)
+        pause_ns = 0 if parked is None else time.monotonic_ns() - parked.at_ns
+        return Copy(block, state, pause_ns / 1e9)
+
+    async def _go_on(self, vm: Vm) -> None:
+        """Unpark a guest that was copied.  Should it not come to that, the copy is none the worse for it."""
+        with trio.CancelScope(shield=True):
+            try:
+                await self.unpark(vm)
+            except HostError as error:
+                log.error("guest does not go on", extra={"vm": vm.name, "why": str(error)})
+
+    def free_copy(self, block: VmBlock) -> None:
+        """The copy is of no use any more."""
+        self._memory.books.free(block)
+        self.leases.feed_hungry()
 
     async def resume(self, vm: Vm) -> None:
         async with self.changing(vm):
@@ -231,7 +275,7 @@ class Guests:
         raise Conflict(f"the start of VM {vm.name} was given up")
 
     async def launch_clone(self, vm: Vm, state: bytes) -> None:
-        """Give a clone, whose memory is there, to a worker."""
+        """Give a clone, or a restored VM, whose memory is there, to a worker."""
         vm.begin_life()
         await self._hand_over(vm, state, Trigger.LOADED)
 

@@ -37,6 +37,7 @@ from hostd.memory_state import HostMemoryState
 from hostd.model import (
     BlobView,
     CloneRequest,
+    ClonesView,
     Definition,
     ExitRow,
     FrameCounts,
@@ -335,10 +336,9 @@ class Host:
         # they share most of what their memory comes to, but each has a reservation of its own
         self._admit(clones, math.inf)
 
-        async def work(operation: Operation) -> list[str]:
+        async def work(operation: Operation) -> ClonesView:
             with self._reserve(request.names), self._promise(clones, math.inf):
-                await self._cloner.clone(vm, request.names, request.start, operation.step)
-            return request.names
+                return await self._cloner.clone(vm, request.names, request.start, operation.step)
 
         return self._begin("clone", vm, work)
 

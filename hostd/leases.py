@@ -109,7 +109,7 @@ class Leases:
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
-            weight=vm.definition.weight, cap=vm.definition.cap, stores=books.stores.paths()))
+            weight=vm.definition.weight, cap=vm.definition.cap, stores=books.stores.paths(books.stores_of(vm.block))))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()

@@ -324,6 +324,13 @@ class HostView(View, frozen=True):
     vms: dict[str, int]
 
 
+class ClonesView(View, frozen=True):
+    """The result of a clone: its clones, and how long the VM stood still for them."""
+
+    names: list[str]
+    pause_s: float
+
+
 class OperationView(View, frozen=True):
     id: str
     kind: str

@@ -9,7 +9,7 @@ page is needed any more is closed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -52,9 +52,13 @@ class Stores:
             close()
             self.on_close(number)
 
-    def paths(self) -> list[tuple[int, str]]:
-        """Number and path of each store, by which other processes open it, whatever its name is now."""
-        fds = [(number, store.fd) for number, (store, _) in self._files.items()]
+    def paths(self, numbers: Iterable[int]) -> list[tuple[int, str]]:
+        """Number and path of the swap file and of each of these stores, by which other processes open them,
+        whatever their names are now.
+
+        Who opens one must have a page in it: else it may be closed by then, and its number mean another.
+        """
+        fds = [(number, self._files[number][0].fd) for number in numbers if number != SWAP]
         if self.swap is not None:
             fds.append((SWAP, self.swap.fd))
         return [(number, f"/proc/{os.getpid()}/fd/{fd}") for number, fd in fds]
