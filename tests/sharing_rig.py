@@ -123,13 +123,18 @@ class SharingHost:
 
     def use(self, hash: Hash) -> None:
         """Begin anew, with this hash."""
-        self.scanner = Scanner(hash, np.random.default_rng(8))
+        self.scanner = Scanner(hash, self.pool.frames, np.random.default_rng(8))
         self.sharing: Sharing[Guest] = Sharing(
             self.scanner, self.reclaimer, self.books, lambda: self.guests, lambda guest: guest.image,
             lambda: self.rate)
 
     def guest(self, image: str = "debian", pages: int = PAGES) -> Guest:
         self.guests.append(Guest(self, self.books.new(pages << PAGE_SHIFT), image))
+        return self.guests[-1]
+
+    def clone(self, source: Guest) -> Guest:
+        self.guests.append(Guest(self, self.books.clone(source.memory), source.image))
+        self.guests[-1].content = dict(source.content)
         return self.guests[-1]
 
     def scan(self, times: int = 1) -> None:

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
+import trio
+import trio.testing
 
-from hostd.sharing import ScanGuest
-from hostd.sharing.task import BATCH
+from hostd.sharing import Candidates, ScanGuest
+from hostd.sharing.task import BATCH, PERIOD
 from tests.sharing_rig import PAGES, SharingHost
 
 
@@ -255,6 +258,30 @@ def test_it_slows_down_when_there_is_nothing_to_find(host: SharingHost) -> None:
     assert host.sharing.view().rate == 1600, "there was something to find"
 
 
+def test_the_task_keeps_the_pace(host: SharingHost) -> None:
+    """And scans for as long as it runs, whoever comes in the meantime."""
+    host.rate = 400
+    first = host.guest()
+    for page in range(PAGES):
+        first.fill(page, unique(0, page))
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.sharing.run)
+            began = trio.current_time()
+            while not host.scanner.passes:
+                await trio.sleep(0.1)
+                assert host.sharing.scanned <= 400 * (trio.current_time() - began + PERIOD)
+            second, third = host.guest("alpine"), host.guest("alpine")
+            for guest in second, third:
+                guest.fill(0, b"late")
+            while second.frame(0) != third.frame(0):
+                await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0.001))
+
+
 def test_batches_are_bounded() -> None:
     pages = BATCH * 3 // 2
     host = SharingHost(pool_bytes=32 << 20, frames=3 * pages)
@@ -300,3 +327,70 @@ def test_guests_that_come_after_others_went(host: SharingHost) -> None:
     fifth.fill(255, b"the last page")
     host.scan(3)
     assert fourth.frame(399) == fifth.frame(255)
+
+
+# -- clones -------------------------------------------------------------------------------------------------
+
+
+def test_a_guest_joins_the_frames_of_clones(host: SharingHost) -> None:
+    template = host.guest("debian")
+    for page in range(20):
+        template.fill(page, b"page %d" % page)
+    clones = [host.clone(template) for _ in range(3)]
+    host.scan()
+    assert host.sharing.scanned == 20 * 4
+    host.scan()
+    assert host.sharing.scanned == 20 * 4, "shared pages are looked at once"
+    booted = host.guest("alpine")
+    for page in range(20):
+        booted.fill(page + 50, b"page %d" % page)
+    host.scan()
+    assert [booted.frame(page + 50) for page in range(20)] == [clones[0].frame(page) for page in range(20)]
+    assert host.books.counts().shared == 20
+
+
+def test_frames_of_clones_are_given_up_with_them(host: SharingHost) -> None:
+    template = host.guest()
+    template.fill(1, b"shared")
+    clone = host.clone(template)
+    host.scan()
+    assert len(host.scanner.table) == 1
+    template.fill(1, b"written")
+    clone.fill(1, b"written to")
+    host.scan()
+    assert len(host.scanner.table) == 0
+
+
+def test_clones_that_end_before_their_frames_are_pinned(host: SharingHost) -> None:
+    template = host.guest()
+    template.fill(1, b"shared")
+    clone, first, second = host.clone(template), host.guest("a"), host.guest("b")
+    scan = host.scanner.scan
+
+    def scan_and_end(*arguments: Any) -> Candidates:
+        found = scan(*arguments)
+        assert len(found.strangers) == 1
+        template.end()
+        clone.end()
+        host.scanner.scan = scan                        # type: ignore[method-assign]
+        return found
+
+    host.scanner.scan = scan_and_end                    # type: ignore[method-assign,assignment]
+    for guest in first, second:
+        guest.fill(7, b"something else")
+    host.scan()
+    assert len(host.scanner.table) == 0
+    host.scan(2)
+    assert first.frame(7) == second.frame(7)
+
+
+def test_an_array_that_is_no_p2m_any_more(host: SharingHost) -> None:
+    """A guest ends while it is scanned, and its P2M array becomes something else."""
+    first, second = host.guest(), host.guest()
+    for guest in first, second:
+        guest.fill(4, b"page")
+    junk = np.random.default_rng(1).integers(0, 1 << 64, PAGES, dtype=np.uint64)
+    found = host.scanner.scan([ScanGuest("junk", "debian", junk)], 1 << 20)
+    assert found.scanned > 0 and not len(found.strangers)
+    host.scan()
+    assert first.frame(4) == second.frame(4)

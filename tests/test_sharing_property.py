@@ -52,8 +52,7 @@ class Comings(RuleBasedStateMachine):
     def clone(self, number: int) -> None:
         guest = self.guest(number)
         if guest and len(self.host.guests) < 6:
-            self.host.guests.append(Guest(self.host, self.host.books.clone(guest.memory), guest.image))
-            self.host.guests[-1].content = dict(guest.content)
+            self.host.clone(guest)
 
     @rule(number=GUESTS)
     def go(self, number: int) -> None:

@@ -11,7 +11,7 @@ merged.  A page is offered when something says that it will stay as it is:
     it has the same hash in two passes    it is matched with all other such pages
 
 A page that was offered and is private again was written meanwhile: from then on it must be unchanged for two
-passes, whatever else speaks for it.
+passes, whatever else speaks for it.  Frames that clones share are looked at once, so that others may join.
 
 `Table` knows the shared frames by their contents, and holds a pin on each, so that none is used for something
 else; a frame that nobody but the table has is given up.  `Sharing` is the task in the daemon: it sets the

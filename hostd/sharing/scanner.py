@@ -21,7 +21,7 @@ CHUNK = 512
 _WINDOW = 4096
 #: entries that are passed over in the time in which a page is hashed
 _ENTRIES_A_PAGE = 512
-_PRIVATE = np.uint64(Kind.PRIVATE << KIND_SHIFT)
+_PRIVATE, _SHARED = np.uint64(Kind.PRIVATE << KIND_SHIFT), np.uint64(Kind.SHARED << KIND_SHIFT)
 
 Hash = Callable[[np.ndarray], np.ndarray]
 
@@ -46,6 +46,8 @@ class Candidates:
     scanned: int = 0
     #: pages full of zeros
     zeros: dict[Hashable, np.ndarray] = field(default_factory=dict)
+    #: frames that pages share already, as those of clones do, and that the table does not know
+    strangers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     #: pages that are to become shared frames
     freezes: dict[Hashable, np.ndarray] = field(default_factory=dict)
     #: pages that are equal to a shared frame, or will be to one of `freezes`; and their hashes
@@ -69,29 +71,36 @@ class _Known:
         self.cursor = 0
         self.done = False
 
-    def next_pages(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next few private pages and their frames, at most `most`; none when the walk is through."""
-        leaf = self.guest.leaf
+    def next_pages(self, seen: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next few pages, at most `most`, and their entries; none when the walk is through.
+
+        They are the private ones, and the shared ones that have not been `seen`, by place.
+        """
         while self.cursor < self.pages:
-            entries = leaf[self.cursor:self.cursor + _WINDOW].copy()
-            found = np.flatnonzero((entries & np.uint64(KIND_MASK)) == _PRIVATE)
-            pages = found[:most] + self.cursor
-            self.cursor = int(pages[-1]) + 1 if len(found) >= most else self.cursor + _WINDOW
-            if len(pages):
-                return pages, ((entries[found[:most]] & np.uint64(FRAME_MASK)) >> PAGE_SHIFT).astype(np.int64)
+            start, self.cursor = self.cursor, min(self.cursor + _WINDOW, self.pages)
+            entries = self.guest.leaf[start:self.cursor].copy()
+            kinds = entries & np.uint64(KIND_MASK)
+            new = ~seen[self.first + start:self.first + self.cursor]
+            found = np.flatnonzero((kinds == _PRIVATE) | (kinds == _SHARED) & new)
+            if len(found) > most:
+                found = found[:most]
+                self.cursor = start + int(found[-1]) + 1
+            if len(found):
+                return found + start, entries[found]
         self.done = True
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
 
 
 class Scanner:
     """Finds pages to share.  No clock, no input and output; one caller at a time.
 
-    `hash` gives 0 for a page of zeros.  Whoever acts on the candidates tells `frozen` what became of the
-    freezes, and asks `targets` what to merge with.
+    `hash` gives 0 for a page of zeros; the pool has `frames` frames.  Whoever acts on the candidates tells
+    `frozen` and `adopted` what became of freezes and strangers, and asks `targets` what to merge with.
     """
 
-    def __init__(self, hash: Hash, key: np.random.Generator) -> None:
+    def __init__(self, hash: Hash, frames: int, key: np.random.Generator) -> None:
         self._hash = hash
+        self._frames = frames
         self.table = Table()
         #: passes over all guests that are complete
         self.passes = 0
@@ -122,11 +131,19 @@ class Scanner:
             self._turn += 1
             known = waiting[self._turn % len(waiting)]
             start = known.cursor
-            pages, frames = known.next_pages(min(CHUNK, budget))
+            pages, entries = known.next_pages(self._seen, min(CHUNK, budget))
             # passing over entries costs time too, if not as much
             budget -= len(pages) + (known.cursor - start) // _ENTRIES_A_PAGE
             if len(pages):
-                self._look(known, pages, self._hash(frames), found)
+                found.scanned += len(pages)
+                frames = ((entries & np.uint64(FRAME_MASK)) >> PAGE_SHIFT).astype(np.int64)
+                # the guest may have ended: what was its P2M array may be something else by now
+                real = frames < self._frames
+                pages, entries, frames = pages[real], entries[real], frames[real]
+                hashes = self._hash(frames)
+                private = (entries & np.uint64(KIND_MASK)) == _PRIVATE
+                self._look(known, pages[private], hashes[private], found)
+                self._look_at_shared(known, pages[~private], frames[~private], hashes[~private], found)
         return found.candidates()
 
     def frozen(self, key: Hashable, pages: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -136,6 +153,10 @@ class Scanner:
         """
         if key in self._known:
             self._offer(self._known[key].first + pages)
+        return self.adopted(frames)
+
+    def adopted(self, frames: np.ndarray) -> np.ndarray:
+        """Shared frames were pinned once for the table.  The answer is those whose pin is not needed."""
         return self.table.add(self._hash(frames), frames)
 
     def targets(self, key: Hashable, pages: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -195,7 +216,6 @@ class Scanner:
         free = stable | ~self._offered[places]
         self._last[places] = hashes
         self._seen[places] = True
-        found.scanned += len(pages)
 
         zero = free & (hashes == 0)
         if zero.any():
@@ -212,6 +232,14 @@ class Scanner:
         merge |= hinted | self._match(places, hashes, rest & ~hinted & stable, found)
         if merge.any():
             found.merges.append((known.guest.key, pages[merge], hashes[merge]))
+
+    def _look_at_shared(self, known: _Known, pages: np.ndarray, frames: np.ndarray, hashes: np.ndarray,
+                        found: _Found) -> None:
+        """Pages that share frames are looked at once: others may be equal to them."""
+        self._seen[known.first + pages] = True
+        strange = ~self._is_shared(hashes)
+        self._promised.update(hashes[strange].tolist())
+        found.strangers += frames[strange].tolist()
 
     def _is_shared(self, hashes: np.ndarray) -> np.ndarray:
         """For which hashes there is a shared frame, or will be."""
@@ -267,12 +295,13 @@ class _Found:
     def __init__(self) -> None:
         self.scanned = 0
         self.zeros: list[tuple[Hashable, np.ndarray]] = []
+        self.strangers: list[int] = []
         self.freezes: dict[Hashable, list[int]] = {}
         self.merges: list[tuple[Hashable, np.ndarray, np.ndarray]] = []
 
     def candidates(self) -> Candidates:
         """By guest."""
-        result = Candidates(self.scanned)
+        result = Candidates(self.scanned, strangers=np.array(self.strangers, dtype=np.int64))
         for key, pages in self.zeros:
             have = result.zeros.get(key)
             result.zeros[key] = pages if have is None else np.concatenate((have, pages))

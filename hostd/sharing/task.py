@@ -61,6 +61,8 @@ class Reclaimer(Protocol[_VContra]):
 class Pins(Protocol):
     """The books, as far as the table needs them."""
 
+    def pin(self, frames: np.ndarray) -> None: ...
+
     def unpin(self, frames: np.ndarray) -> None: ...
 
     def shares(self, frames: np.ndarray) -> np.ndarray: ...
@@ -147,6 +149,10 @@ class Sharing(Generic[V]):
     async def _act(self, vms: dict[Hashable, V], found: Candidates) -> None:
         """Offer the candidates to those who run the guests: freezes first, for merges need their frames."""
         before = self.zeroed + self.merged
+        # those that still have an owner are nobody else's until they are pinned
+        strangers = found.strangers[self._pins.shares(found.strangers) > 0]
+        self._pins.pin(strangers)
+        self._unpin(self._scanner.adopted(strangers))
         for key, pages in found.zeros.items():
             with suppress(HostError):
                 for vm, batch in _batches(vms, key, len(pages)):
