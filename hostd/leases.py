@@ -109,7 +109,8 @@ class Leases:
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
-            weight=vm.definition.weight, cap=vm.definition.cap, stores=books.stores.paths(books.stores_of(vm.block))))
+            weight=vm.definition.weight, cap=vm.definition.cap,
+            stores=books.stores.paths(books.stores_of(vm.block))))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()
@@ -231,9 +232,10 @@ class Leases:
         return sum(self._hungry.values())
 
     def feed_hungry(self) -> None:
-        """Memory came free: give it to the workers that wait for some."""
+        """Memory came free: give it to the workers that wait for some, and let others look."""
         for worker, count in list(self._hungry.items()):
             self._on_need_frames(worker, protocol.NeedFrames(count))
+        self._memory.freed()
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
         vm = self._held[message.vm]

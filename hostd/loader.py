@@ -51,12 +51,13 @@ def lay_out(files: BootFiles, memory_bytes: int) -> BootImage:
 
 async def fill(memory: MachineMemory, block: VmBlock, image: BootImage, monitor: MonitorName) -> bytes:
     """Write `image` into the empty guest memory `block`; the answer is the machine's state at power-on, for
-    `monitor` to run.
+    `monitor` to run.  Raises Failed when memory is short, and stays so.
 
     A fill that is cancelled has nevertheless ended when this returns: the block can be freed."""
     pages: set[int] = set()
     for gpa, data in image.writes:
         pages.update(range(gpa >> PAGE_SHIFT, (gpa + len(data) - 1 >> PAGE_SHIFT) + 1))
+    await memory.room_for(len(pages))
     magazine = memory.books.frames_for_loading(len(pages))
     await trio.to_thread.run_sync(_write, block, magazine, image)
     return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu, monitor=monitor))

@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import trio
 
 from hostd.errors import Failed
 from vmm.memory.pool import Pool
 
 if TYPE_CHECKING:
     from hostd.books import Books
+
+#: how long a guest about to start waits for others to give up memory
+ROOM_S = 20.0
 
 
 class MachineMemory:
@@ -20,10 +26,37 @@ class MachineMemory:
 
     def __init__(self, size: int, swap_path: Path | None = None, swap_bytes: int = 0) -> None:
         self._swap = swap_path, swap_bytes
+        #: frames that guests about to start wait for
+        self.wanted = 0
+        #: called when there are not enough
+        self.on_want: Callable[[], None] = lambda: None
+        self._freed = trio.Event()
         try:
             self.pool = Pool(size)
         except OSError as error:
             raise Failed(f"cannot map a pool of {size} bytes: {error.strerror}") from None
+
+    async def room_for(self, frames: int) -> None:
+        """Wait until so many frames are free, and have others give some up for that.  They may be gone again
+        by the time they are asked for.  Raises Failed when they do not come in time."""
+        if self.books.free_frames() >= frames:
+            return
+        self.wanted += frames
+        try:
+            with trio.move_on_after(ROOM_S):
+                while self.books.free_frames() < frames:
+                    self.on_want()
+                    await self._freed.wait()
+                return
+        finally:
+            self.wanted -= frames
+        raise Failed(f"not enough machine memory: {frames} frames wanted, {self.books.free_frames()} of "
+                     f"{self.pool.frames} are free, and other guests did not give up more in time")
+
+    def freed(self) -> None:
+        """Frames came free: whoever waits looks again."""
+        self._freed.set()
+        self._freed = trio.Event()
 
     @cached_property
     def books(self) -> Books:

@@ -80,7 +80,7 @@ class MemoryKeeper:
         self._policy = Policy()
         self._watches: dict[str, _Watch] = {}
         self._hunger = trio.Event()
-        guests.leases.on_hunger = self._hungry
+        guests.leases.on_hunger = memory.on_want = self._hungry
 
     def _hungry(self) -> None:
         self._hunger.set()
@@ -138,7 +138,8 @@ class MemoryKeeper:
     def _host_memory(self) -> HostMemory:
         counts = self._memory.books.counts()
         return HostMemory(pool=counts.total, free=counts.free, overhead=counts.overhead,
-                          demanded=self._guests.leases.demanded(), now=trio.current_time())
+                          demanded=self._guests.leases.demanded() + self._memory.wanted,
+                          now=trio.current_time())
 
     def _stands(self, vm: Vm) -> VmMemory:
         assert vm.block is not None

@@ -119,12 +119,16 @@ def drop_zeros(p2m: P2M, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def store(p2m: P2M, pages: np.ndarray, frames: np.ndarray, slots: np.ndarray) -> np.ndarray:
     """Let go of the frames of pages whose contents are in `slots`, if they are still the frozen `frames` and
-    nobody wanted them meanwhile.  The answer says for which of `pages` that was done."""
+    nobody wanted them meanwhile; slot 0 is that of all pages of zeros, which become absent ones.
+
+    The answer says for which of `pages` that was done.
+    """
     leaf = _leaf(p2m)
     entries = leaf[pages]
     done = (entries & _KIND) == _SHARED
     done &= (_frames(entries) == frames) & ((entries & np.uint64(PRESENT)) == 0) & ~_traced(p2m, pages)
-    leaf[pages[done]] = (slots[done].astype(np.uint64) << _SHIFT | np.uint64(STORED)
+    put = slots[done].astype(np.uint64)
+    leaf[pages[done]] = (np.where(put == 0, put, put << _SHIFT | np.uint64(STORED))
                          | entries[done] & np.uint64(LOGGED))
     _told(p2m, pages[done])
     return done
