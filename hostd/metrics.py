@@ -11,10 +11,11 @@ is bounded by the number of workers or by tables in this file.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
+import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -27,7 +28,7 @@ from starlette.types import ASGIApp
 
 from hostd.host import Host
 from hostd.lifecycle import State
-from hostd.model import PAGE, ExitRow, FrameCounts, VmView, WorkerView
+from hostd.model import PAGE, PRESSURES, ExitRow, MemoryView, VmView, WorkerView
 from hostd.scheduler import LATENCY_BOUNDS_NS
 from vmm.exitcodes import ExitCode
 
@@ -101,23 +102,53 @@ VM_METRICS = (
     _Row(CounterMetricFamily, "hostd_vm_world_switches", "Entries into the guest from another context.", (),
          lambda vm: [((), vm.world_switches)]),
     _Row(GaugeMetricFamily, "hostd_vm_memory_bytes",
-         "Memory: assigned to the guest, resident in the pool, and of that shared with clones or private.",
+         "Memory: assigned to the guest, resident in the pool, and of that shared with others or private; "
+         "ballooned, swapped; its working set and its target, once they are known.",
          ("kind",),
-         lambda vm: [((kind,), getattr(vm.memory_usage, kind))
-                     for kind in ("assigned", "resident", "shared", "private")]),
+         lambda vm: _known(vm.memory_usage, {kind: kind for kind in (
+             "assigned", "resident", "shared", "private", "ballooned", "swapped", "working_set", "target")})),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_guest_bytes",
+         "Memory as the guest says, if it has a balloon driver that does.", ("kind",),
+         lambda vm: _known(vm.memory_usage, {"free": "guest_free", "available": "guest_available",
+                                             "total": "guest_total"})),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_reservation_bytes", "Machine memory that nobody takes from it.",
+         (), lambda vm: [((), vm.reservation)]),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_limit_bytes", "The most machine memory it gets.", (),
+         lambda vm: [((), vm.limit)]),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_shares", "Its claim on memory relative to other VMs.", (),
+         lambda vm: [((), vm.shares)]),
+    _Row(CounterMetricFamily, "hostd_vm_memory_pages",
+         "Pages merged with others of the same contents, broken from them by a write, given up as zeros, "
+         "swapped out and in, inflated into the balloon.", ("event",),
+         lambda vm: [((event,), count) for event, count in msgspec.structs.asdict(vm.memory_events).items()]),
     _Row(CounterMetricFamily, "hostd_vm_boots", "Starts and resets of the guest.", (),
          lambda vm: [((), vm.boots)]),
     _Row(CounterMetricFamily, "hostd_vm_crashes", "Times the guest broke its machine or lost its worker.", (),
          lambda vm: [((), vm.crashes)]),
 )
 
-#: of the pool
-POOL_METRICS = (
+#: of machine memory
+MEMORY_METRICS = (
     _Row(GaugeMetricFamily, "hostd_pool_bytes", "Size of the machine memory pool.", (),
-         lambda frames: [((), frames.total * PAGE)]),
+         lambda memory: [((), memory.pool)]),
     _Row(GaugeMetricFamily, "hostd_pool_frames", "Machine frames of 4096 bytes by state.", ("state",),
-         lambda frames: [((state,), getattr(frames, state))
-                         for state in ("free", "granted", "private", "shared", "overhead")]),
+         lambda memory: [((state,), count // PAGE) for state, count in (
+             ("free", memory.free), ("granted", memory.lent), ("private", memory.private),
+             ("shared", memory.shared), ("overhead", memory.overhead))]),
+    _Row(GaugeMetricFamily, "hostd_memory_saved_bytes", "What guests would have besides if none shared.", (),
+         lambda memory: [((), memory.saved)]),
+    _Row(GaugeMetricFamily, "hostd_memory_state",
+         "1 for the state of the memory policy, from plenty (high) to none (low), 0 for the others.",
+         ("state",), lambda memory: [((state,), state == memory.state) for state in PRESSURES]),
+    _Row(GaugeMetricFamily, "hostd_memory_waiting_workers", "Workers that wait for machine memory.", (),
+         lambda memory: [((), memory.waiting)]),
+    _Row(GaugeMetricFamily, "hostd_memory_swap_bytes",
+         "In the swap file: memory of guests (used), and what it takes there (compressed).", ("kind",),
+         lambda memory: [((kind,), getattr(memory.swap, kind)) for kind in ("used", "compressed")]),
+    _Row(GaugeMetricFamily, "hostd_memory_swap_limit_bytes", "The most that swap may take; 0: no swap.", (),
+         lambda memory: [((), memory.swap.limit)]),
+    _Row(CounterMetricFamily, "hostd_memory_scanned_pages", "Pages looked at for page sharing.", (),
+         lambda memory: [((), memory.scanned)]),
 )
 
 #: of the workers, all together
@@ -155,6 +186,11 @@ TRANSLATOR_METRICS = (
 )
 
 
+def _known(value: object, kinds: Mapping[str, str]) -> list[_Sample]:
+    """Samples by kind of those attributes of `value` that are not None."""
+    return [((kind,), amount) for kind, name in kinds.items() if (amount := getattr(value, name)) is not None]
+
+
 def reason_of(code: int) -> str:
     """The reason an exit code counts for; negative codes mean what the 64-bit EXITCODE field would hold."""
     return REASONS.get(code & (1 << 64) - 1, OTHER_REASON)
@@ -176,14 +212,14 @@ class HostCollector(Collector):
         yield build
         yield GaugeMetricFamily("hostd_start_time_seconds", "When the daemon started, in Unix time.",
                                 self._started)
-        frames: FrameCounts = self._host.frames()
-        yield from _families(POOL_METRICS, (), [((), frames)])
+        views: list[VmView] = self._host.views()
+        memory: MemoryView = self._host.memory(views)
+        yield from _families(MEMORY_METRICS, (), [((), memory)])
         workers: list[WorkerView] = self._host.workers()
         yield from _families(WORKER_METRICS, (), [((), workers)])
         yield from _families(TRANSLATOR_METRICS, ("worker",),
                              [((str(worker.index),), worker.translator) for worker in workers])
         yield self._latency()
-        views: list[VmView] = self._host.views()
         yield _count_by_state(views)
         yield from _families(VM_METRICS, ("name",), [((vm.name,), vm) for vm in views])
         yield from _exits((vm.name, self._host.exits(vm.name)) for vm in views)

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hostd.lifecycle import State
 from hostd.metrics import OTHER_REASON, REASONS, make_metrics_app, reason_of
-from hostd.model import TranslatorView
+from hostd.model import PRESSURES, MemoryUsage, TranslatorView
 from hostd.scheduler import LATENCY_BOUNDS_NS
 from tests.fleet import MIB, Fleet
 from tests.tools import needs
@@ -79,6 +79,46 @@ async def test_the_host_is_described(fleet: Fleet) -> None:
     assert value(samples, "process_resident_memory_bytes") > 0
 
 
+async def test_memory_of_a_vm_is_described(fleet: Fleet) -> None:
+    usage = MemoryUsage(
+        assigned=128 * MIB, resident=9 * MIB, private=8 * MIB, shared=MIB, ballooned=2 * MIB, swapped=3 * MIB,
+        working_set=4 * MIB, target=5 * MIB, guest_free=6 * MIB, guest_available=7 * MIB,
+        guest_total=120 * MIB)
+    fleet.change("web", memory_usage=usage)
+    samples = parse((await scrape(fleet)).text)
+    for kind in ("assigned", "resident", "private", "shared", "ballooned", "swapped", "working_set",
+                 "target"):
+        assert value(samples, "hostd_vm_memory_bytes", name="web", kind=kind) == getattr(usage, kind)
+    for kind in ("free", "available", "total"):
+        assert value(samples, "hostd_vm_memory_guest_bytes", name="web", kind=kind) == getattr(
+            usage, f"guest_{kind}")
+    assert value(samples, "hostd_vm_memory_reservation_bytes", name="web") == 16 * MIB
+    assert value(samples, "hostd_vm_memory_limit_bytes", name="web") == 128 * MIB
+    assert value(samples, "hostd_vm_memory_shares", name="web") == 1280
+    expected = {"merged": 100, "broken": 10, "zeroed": 20, "swapped_out": 40, "swapped_in": 30,
+                "inflated": 50}
+    assert {event: value(samples, "hostd_vm_memory_pages_total", name="web", event=event)
+            for event in expected} == expected
+
+
+async def test_what_a_guest_does_not_say_is_absent(fleet: Fleet) -> None:
+    samples = parse((await scrape(fleet)).text)
+    kinds = {dict(labels)["kind"] for name, labels in samples if name.startswith("hostd_vm_memory")
+             and "kind" in dict(labels)}
+    assert kinds == {"assigned", "resident", "private", "shared", "ballooned", "swapped"}
+
+
+async def test_memory_of_the_host_is_described(fleet: Fleet) -> None:
+    samples = parse((await scrape(fleet)).text)
+    assert value(samples, "hostd_memory_saved_bytes") == 200 * MIB
+    assert value(samples, "hostd_memory_swap_bytes", kind="used") == 30 * MIB
+    assert value(samples, "hostd_memory_swap_bytes", kind="compressed") == 10 * MIB
+    assert value(samples, "hostd_memory_swap_limit_bytes") == 100 * MIB
+    assert value(samples, "hostd_memory_scanned_pages_total") == 1_000_000
+    assert value(samples, "hostd_memory_waiting_workers") == 3
+    assert [state for state in PRESSURES if value(samples, "hostd_memory_state", state=state)] == ["soft"]
+
+
 async def test_latency_is_a_cumulative_histogram(fleet: Fleet) -> None:
     samples = parse((await scrape(fleet)).text)
     name = "hostd_scheduler_wakeup_latency_seconds"
@@ -142,7 +182,7 @@ async def test_the_number_of_series_of_a_vm_is_bounded() -> None:
     of_vm = [name for name, labels in samples if ("name", "web") in labels]
     reasons = len({*REASONS.values(), OTHER_REASON})
     assert of_vm.count("hostd_vm_exits_total") == reasons
-    assert len(of_vm) <= 2 * reasons + 30
+    assert len(of_vm) <= 2 * reasons + 50
 
 
 @given(st.integers(-(1 << 63), (1 << 64) - 1))
