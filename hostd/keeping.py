@@ -23,7 +23,6 @@ from hostd.sharing import PageHash, Scanner, Sharing
 from hostd.vm import Vm
 
 
-
 async def keep(config: Callable[[], Config], guests: Guests, memory: MachineMemory, events: Events,
                state: HostMemoryState) -> None:
     """Keep memory until cancelled."""
@@ -45,7 +44,7 @@ async def keep(config: Callable[[], Config], guests: Guests, memory: MachineMemo
 def _scanner(memory: MachineMemory) -> Scanner:
     """Hashes with a key of this daemon alone: guests are not to know which pages collide."""
     key = np.random.default_rng(int.from_bytes(os.urandom(16)))
-    return Scanner(PageHash(memory.pool, key), key)
+    return Scanner(PageHash(memory.pool, key), memory.pool.frames, key)
 
 
 def _image(vm: Vm) -> Hashable:
