@@ -26,9 +26,10 @@ _CONFIGURATION = """\
 state_dir = "{directory}/state"
 runtime_dir = "{directory}"
 shutdown_timeout = 0
-{workers}
+{workers}{pool}
 [metrics]
 address = "{metrics}"
+{tables}
 """
 
 
@@ -41,15 +42,21 @@ class PrivateDaemon:
     pid: int
     #: seconds from its start until its API answered
     start_seconds: float
+    #: the file of what it says
+    log: Path
 
 
 @contextmanager
-def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0") -> Iterator[PrivateDaemon]:
-    """Run a daemon with temporary state; workers: 0 = one a CPU.  Raises CtlError if it does not start."""
+def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0", pool: int = 0,
+                   tables: str = "") -> Iterator[PrivateDaemon]:
+    """Run a daemon with temporary state; workers: 0 = one a CPU; pool: bytes of machine memory, 0 = as much as
+    a daemon takes by itself; tables: more of the configuration file.  Raises CtlError if it does not start."""
     with _signals_unwind(), tempfile.TemporaryDirectory(prefix="hostd-") as directory:
         configuration = Path(directory, "hostd.toml")
         count = f"workers = {workers}\n" if workers else ""
-        configuration.write_text(_CONFIGURATION.format(directory=directory, workers=count, metrics=metrics))
+        memory = f"memory = {pool}\n" if pool else ""
+        configuration.write_text(_CONFIGURATION.format(directory=directory, workers=count, pool=memory,
+                                                       metrics=metrics, tables=tables))
         Path(directory, "state").mkdir()
         log = Path(directory, "log")
         with log.open("wb") as output:
@@ -63,7 +70,7 @@ def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0") -> Iterato
         try:
             with Client(socket) as client:
                 _await_answer(client, process, log)
-                yield PrivateDaemon(client, socket, process.pid, time.monotonic() - began)
+                yield PrivateDaemon(client, socket, process.pid, time.monotonic() - began, log)
         finally:
             _end(process)
 
