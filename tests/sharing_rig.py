@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import trio
 
@@ -51,6 +53,12 @@ class Guest:
         self._host.books.reported(self.memory, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
         p2m.dropped, p2m.freed, p2m.fetched = [], [], []
 
+    def restart(self) -> None:
+        """Another life of the same VM."""
+        self._host.books.free(self.memory)
+        self.block = self._host.books.new(PAGES << PAGE_SHIFT)
+        self._p2m, self.content = self.block.p2m, {}
+
     def end(self) -> None:
         block, self.block = self.memory, None
         self._host.books.free(block)
@@ -77,6 +85,7 @@ class Directly:
         self.asked: dict[str, list[int]] = {"freeze": [], "merge": [], "drop_zeros": []}
         #: called before anything is done
         self.interfere: list[Guest] = []
+        self.before_freeze: Callable[[], None] = lambda: None
 
     def _begin(self, what: str, vm: Guest, pages: np.ndarray) -> VmBlock:
         self.asked[what] += pages.tolist()
@@ -88,6 +97,7 @@ class Directly:
         return vm.block
 
     async def freeze(self, vm: Guest, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.before_freeze()
         block = self._begin("freeze", vm, pages)
         pages, frames = reclaim.freeze(block.p2m, pages)
         self._books.frozen(block, pages, frames)
@@ -159,3 +169,5 @@ class SharingHost:
         counts = self.books.counts()
         assert len(self.scanner.table) == 0
         assert (counts.private, counts.shared, counts.granted) == (0, 0, len(self.magazine))
+        owners = self.books.shares(np.arange(self.pool.frames))
+        assert not owners.any(), "frames have owners that are not there"

@@ -195,22 +195,66 @@ def test_a_guest_that_ends_in_the_middle(host: SharingHost, which: int) -> None:
 
 
 def test_a_life_that_ended_is_not_mistaken_for_the_next(host: SharingHost) -> None:
-    """Not even if the next has the same frames."""
+    """Not even if the next has something to share in the same place."""
     first, second = host.guest(), host.guest()
     for guest in first, second:
         guest.fill(2, b"same")
-    host.guests.remove(second)
+
+    def restart_both() -> None:
+        for guest in first, second:
+            guest.restart()
+            guest.fill(2, b"\0")
+
+    host.reclaimer.before_freeze = restart_both
     host.scan()
-    second.end = lambda: None                           # type: ignore[method-assign]
-    host.guests.append(second)
-    block = second.memory
-    second.block = None
-    host.books.free(block)
-    host.guests.remove(second)
-    again = host.guest()
-    again.fill(2, b"same")
+    assert host.reclaimer.asked["merge"] == []
+    assert host.sharing.merged == 0
+
+
+def test_nobody_is_a_mate_after_the_end(host: SharingHost) -> None:
+    host.guest("other").fill(2, b"something else")
+    first = host.guest("debian")
+    first.fill(5, b"same")
     host.scan()
-    assert again.frame(2) == first.frame(2)
+    first.end()
+    host.guest("debian").fill(5, b"same")
+    host.scan()
+    assert host.reclaimer.asked["freeze"] == host.reclaimer.asked["merge"] == []
+
+
+def test_hints_do_not_outlive_the_places_they_name(host: SharingHost) -> None:
+    guests = [host.guest("other"), host.guest("other"), host.guest("debian")]
+    guests[2].fill(200, b"in a place far up")
+    host.scan()
+    for guest in guests[1:]:
+        guest.end()
+    host.scan()
+    host.guest("debian").fill(200, b"in a place far up")
+    host.scan()
+    assert host.reclaimer.asked["freeze"] == []
+
+
+def test_a_page_that_became_equal_to_a_shared_one_before_it_was_frozen(host: SharingHost) -> None:
+    """Its frame is one too many for the table, and only the guest's from then on."""
+    guests = [host.guest() for _ in range(4)]
+    for guest in guests[:2]:
+        guest.fill(1, b"known")
+    host.scan()
+    for guest in guests[2:]:
+        guest.fill(2, b"to be frozen")
+
+    def change() -> None:
+        for guest in guests[2:]:
+            guest.fill(2, b"known")
+
+    host.reclaimer.before_freeze = change
+    host.scan()
+    assert len(host.reclaimer.asked["freeze"]) == 2 and len(host.scanner.table) == 1
+    host.check()
+    for guest in guests[2:]:
+        guest.fill(2, b"own")
+    host.check()
+    assert host.books.counts().shared == 1
 
 
 # -- pace ---------------------------------------------------------------------------------------------------
@@ -359,6 +403,18 @@ def test_frames_of_clones_are_given_up_with_them(host: SharingHost) -> None:
     clone.fill(1, b"written to")
     host.scan()
     assert len(host.scanner.table) == 0
+
+
+def test_the_last_of_the_clones_keeps_its_frames(host: SharingHost) -> None:
+    template = host.guest()
+    template.fill(1, b"shared")
+    clones = [host.clone(template) for _ in range(2)]
+    host.scan()
+    for guest in template, clones[0]:
+        guest.end()
+        host.scan()
+        host.check()
+    assert host.books.counts().shared == len(host.scanner.table) == 1
 
 
 def test_clones_that_end_before_their_frames_are_pinned(host: SharingHost) -> None:

@@ -212,7 +212,7 @@ class Scanner:
     def _look(self, known: _Known, pages: np.ndarray, hashes: np.ndarray, found: _Found) -> None:
         """Decide on a few pages of a guest."""
         places = known.first + pages
-        stable = self._seen[places] & (self._last[places] == hashes)
+        stable = self._last[places] == hashes
         free = stable | ~self._offered[places]
         self._last[places] = hashes
         self._seen[places] = True
