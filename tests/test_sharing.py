@@ -195,20 +195,19 @@ def test_a_guest_that_ends_in_the_middle(host: SharingHost, which: int) -> None:
 
 
 def test_a_life_that_ended_is_not_mistaken_for_the_next(host: SharingHost) -> None:
-    """Not even if the next has something to share in the same place."""
-    first, second = host.guest(), host.guest()
-    for guest in first, second:
-        guest.fill(2, b"same")
-
-    def restart_both() -> None:
-        for guest in first, second:
-            guest.restart()
-            guest.fill(2, b"\0")
-
-    host.reclaimer.before_freeze = restart_both
+    """What was found out about the one is not done to the other."""
+    for guest in host.guest(), host.guest():
+        guest.fill(2, b"shared")
     host.scan()
-    assert host.reclaimer.asked["merge"] == []
-    assert host.sharing.merged == 0
+    restarted = host.guest()
+    restarted.fill(2, b"shared")
+    for guest in host.guest(), host.guest():
+        guest.fill(7, b"to be frozen")
+    host.reclaimer.asked["merge"].clear()
+    host.reclaimer.before_freeze = restarted.restart
+    host.scan()
+    assert host.reclaimer.asked["merge"] == [7]
+    assert host.sharing.refused == 1
 
 
 def test_nobody_is_a_mate_after_the_end(host: SharingHost) -> None:
