@@ -24,7 +24,7 @@ from hostd.stores import Stores
 from vmm.memory.block import VmBlock, clone_block, free_block, new_block
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import Extent, FrameAllocator, Magazine
-from vmm.memory.p2mbits import FRAME_MASK, STORED
+from vmm.memory.p2mbits import FRAME_MASK, SHARED_BITS, STORED
 from vmm.memory.pool import PAGE_SHIFT, Pool
 
 #: the borrower of frames that the daemon itself fills; workers come after it
@@ -192,6 +192,15 @@ class Books:
         """Pages of a guest without frames: what is to be in them is in `slots`, which they own now."""
         self._charges[block.first].slots[pages] = slots
         block.leaf()[pages] = slots << np.uint64(PAGE_SHIFT) | np.uint64(STORED)
+
+    def share(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray) -> None:
+        """Pages of a guest without frames share these, which are pinned: contents that several guests have,
+        loaded once."""
+        charge = self._charges[block.first]
+        charge.snapshot = 0
+        self._allocator.retain(frames)
+        charge.frames[pages] = frames
+        block.leaf()[pages] = frames.astype(np.uint64) << np.uint64(PAGE_SHIFT) | np.uint64(SHARED_BITS)
 
     def charged(self, block: VmBlock) -> np.ndarray:
         """The shared frames that pages of the guest are charged with."""

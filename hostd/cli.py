@@ -24,6 +24,7 @@ COMMANDS = {
     "create": "lifecycle", "list": "lifecycle", "show": "lifecycle", "start": "lifecycle",
     "pause": "lifecycle", "resume": "lifecycle", "stop": "lifecycle", "reset": "lifecycle",
     "destroy": "lifecycle", "clone": "lifecycle", "set": "lifecycle",
+    "snapshot": "snapshots", "restore": "snapshots",
     "console": "terminal", "log": "terminal", "send": "terminal", "wait": "terminal",
     "exits": "watch", "tc": "watch", "top": "watch", "events": "watch", "operations": "watch",
     "host": "watch", "memory": "memory",

@@ -76,6 +76,7 @@ class HostSection(Section, frozen=True):
     #: 0: one per CPU this process may use
     workers: Annotated[int, Meta(ge=0, le=256)] = 0
     shutdown_timeout: Timeout = 20.0
+    on_shutdown: Literal["stop", "suspend"] = "stop"
 
 
 class ApiSection(Section, frozen=True):

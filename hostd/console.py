@@ -73,6 +73,11 @@ class Console:
         for reader in self._readers:
             reader.push(data)
 
+    def load(self, scrollback: bytes, written: int, boot: int) -> None:
+        """Go on from what another daemon had kept of it."""
+        self._ring[:] = scrollback[-SCROLLBACK:]
+        self.written, self.boot = written, boot
+
     def mark_boot(self) -> None:
         """The guest is starting anew: what follows belongs to the new boot."""
         self.boot = self.written

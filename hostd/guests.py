@@ -127,7 +127,7 @@ class Guests:
     async def unpark(self, vm: Vm) -> None:
         """Give a parked guest to a worker.  The caller holds its lock."""
         vm.check(Trigger.RESUME)
-        await self._hand_over(vm, vm.parked, Trigger.RESUME)
+        await self.hand_over(vm, vm.parked, Trigger.RESUME)
 
     async def stop(self, vm: Vm, force: bool, timeout: float) -> None:
         """Press the power button and cut the power `timeout` seconds later, or at once with `force`."""
@@ -180,7 +180,7 @@ class Guests:
             vm.follow(Trigger.MOVE)
             released = await self.leases.release(vm)
             try:
-                await self._hand_over(vm, released.state, Trigger.MOVED, released.at_ns, target)
+                await self.hand_over(vm, released.state, Trigger.MOVED, released.at_ns, target)
             except HostError:
                 if vm.state == State.MIGRATING:
                     vm.parked = released.state
@@ -218,7 +218,7 @@ class Guests:
         if vm.starting is not None:
             vm.starting.cancel()
 
-    async def _hand_over(self, vm: Vm, state: bytes, trigger: Trigger, since_ns: int = 0,
+    async def hand_over(self, vm: Vm, state: bytes, trigger: Trigger, since_ns: int = 0,
                          target: Worker | None = None) -> None:
         """Give the guest to `target`, or to whichever worker suits; to another if that one dies over it."""
         for _ in range(HAND_OVERS):
@@ -262,7 +262,7 @@ class Guests:
                 await self.workers.wait_ready()
                 vm.console.mark_boot()
                 vm.begin_life()
-                await self._hand_over(vm, state, Trigger.LOADED)
+                await self.hand_over(vm, state, Trigger.LOADED)
             except BaseException as error:
                 if vm.state == State.STARTING:
                     self._free(vm)
@@ -277,7 +277,7 @@ class Guests:
     async def launch_clone(self, vm: Vm, state: bytes) -> None:
         """Give a clone, or a restored VM, whose memory is there, to a worker."""
         vm.begin_life()
-        await self._hand_over(vm, state, Trigger.LOADED)
+        await self.hand_over(vm, state, Trigger.LOADED)
 
     async def _cut(self, vm: Vm) -> None:
         """Cut the power.  The caller holds the lock."""

@@ -14,8 +14,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -45,6 +47,9 @@ from hostd.model import (
     ImageSpec,
     ImageView,
     MemoryView,
+    RestoredView,
+    RestoreRequest,
+    SnapshotRequest,
     StopRequest,
     TranslationsView,
     VmCreate,
@@ -56,6 +61,10 @@ from hostd.operations import Operation, Operations
 from hostd.protocol import MAX_CHUNK, Input, SetShare
 from hostd.vm import Vm
 from hostd.workers import WORKER_COMMAND, Workers
+
+if TYPE_CHECKING:
+    from hostd.restoring import Restorer
+    from hostd.saving import Saver
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +105,14 @@ class Host:
         self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
+        suspended = self._inventory.suspended()
+        #: VMs that were suspended with the host, which nobody else is to start; None: it was not
+        self._suspended = None if suspended is None else [
+            vm for name, vm in self._guests.vms.items() if name in suspended]
+        for vm in self._suspended or ():
+            vm.follow(Trigger.START, "the host was suspended")
+        #: they are back, or will not come
+        self._resumed = trio.Event()
 
     # --- the life of the host -----------------------------------------------------------------------
 
@@ -106,20 +123,36 @@ class Host:
             nursery.start_soon(self._balance)
             nursery.start_soon(self._collect)
             nursery.start_soon(self._keep_memory)
-            for vm in self._guests.vms.values():
-                if vm.definition.autostart:
-                    self.start(vm.name)
+            nursery.start_soon(self._bring_back)
             await self._workers.run()
             nursery.cancel_scope.cancel()
 
+    async def _bring_back(self) -> None:
+        """Have those guests run that are to run when the host does."""
+        try:
+            if self._suspended is not None:
+                await self._restorer.resume(self._suspended)
+        finally:
+            self._resumed.set()
+        for vm in list(self._guests.vms.values()):
+            if vm.definition.autostart and vm.state in AT_REST and not self._guests.closing:
+                self.start(vm.name)
+
     async def shut_down(self) -> None:
-        """Stop all guests, by the power button as long as host.shutdown_timeout allows, then all workers."""
+        """Stop all guests, by the power button as long as host.shutdown_timeout allows, or suspend them if
+        host.on_shutdown says so; then stop all workers."""
         self._guests.closing = True
         timeout = self.config.host.shutdown_timeout
+        suspended: set[str] = set()
+        if self.config.host.on_shutdown == "suspend":
+            await self._resumed.wait()
+            for vm in self._guests.vms.values():
+                self._guests.give_up_start(vm)
+            suspended = await self._saver.suspend()
         async with trio.open_nursery() as nursery:
             for vm in list(self._guests.vms.values()):
                 self._guests.give_up_start(vm)
-                if vm.state not in AT_REST:
+                if vm.state not in AT_REST and vm.name not in suspended:
                     nursery.start_soon(self._stop_for_good, vm, timeout)
         self._workers.quit()
         self.events.close()
@@ -147,7 +180,8 @@ class Host:
 
     async def _prepare_books(self) -> None:
         """Load in the background what the first guest needs and the first answer did not."""
-        await trio.to_thread.run_sync(import_module, "hostd.books")
+        for module in "hostd.books", "hostd.restoring":
+            await trio.to_thread.run_sync(import_module, module)
 
     async def _keep_memory(self) -> None:
         """Carry out the memory policy, and share pages."""
@@ -341,6 +375,49 @@ class Host:
                 return await self._cloner.clone(vm, request.names, request.start, operation.step)
 
         return self._begin("clone", vm, work)
+
+    def snapshot(self, name: str, request: SnapshotRequest) -> Operation:
+        vm = self._vm(name)
+        if vm.state not in (State.RUNNING, State.PAUSED):
+            raise Conflict(f"VM {name} is {vm.state}: it must be paused or running to be saved")
+        to, base = (None if path is None else Path(path) for path in (request.to, request.base))
+        return self._begin("snapshot", vm,
+                           lambda operation: self._saver.snapshot(vm, to, base, operation.step))
+
+    def restore(self, request: RestoreRequest) -> Operation:
+        """Make a VM of a snapshot, which goes on where it stood."""
+        if request.name is not None:
+            self._check_names([request.name])
+
+        async def work(operation: Operation) -> RestoredView:
+            operation.step("reading the snapshot", 0.1)
+            opened = await self._restorer.open(Path(request.file))
+            try:
+                saved = opened.saved.definition
+                definition = msgspec.structs.replace(saved, name=request.name or saved.name)
+                self._check_memory_of(definition)
+                with self._reserve([definition.name]), self._promise([definition]):
+                    await self._restorer.restore(opened, definition, operation.step)
+            except BaseException:
+                opened.close()
+                raise
+            return RestoredView(name=definition.name)
+
+        if self._guests.closing:
+            raise Conflict("the host is shutting down")
+        return self.operations.start("restore", request.name or Path(request.file).name, work)
+
+    @cached_property
+    def _saver(self) -> Saver:
+        from hostd.saving import Saver
+
+        return Saver(self._guests, self._memory, self.config.state_dir)
+
+    @cached_property
+    def _restorer(self) -> Restorer:
+        from hostd.restoring import Restorer
+
+        return Restorer(self._guests, self._memory, self._inventory, self.events, self.config.state_dir)
 
     async def send_input(self, name: str, data: bytes) -> None:
         """Type at the guest's console."""

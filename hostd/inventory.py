@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,11 @@ import msgspec
 from hostd import storage
 from hostd.errors import Failed
 from hostd.model import Definition
+
+#: directories of the guests of a suspended host, and of one that is about to be (hostd/saving.py)
+SUSPENDED, SUSPENDING = "suspended", "suspending"
+#: how the names of snapshots end
+SUFFIX = ".snap"
 
 
 class Inventory:
@@ -28,6 +34,8 @@ class Inventory:
         self._directory = state_dir / "vms"
         self._lock = _lock(state_dir / "lock")
         storage.make_directory(self._directory)
+        self._suspended = state_dir / SUSPENDED
+        shutil.rmtree(state_dir / SUSPENDING, ignore_errors=True)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -35,6 +43,12 @@ class Inventory:
     def load(self) -> list[Definition]:
         """All definitions that can be read."""
         return storage.load_all(self._directory, Definition, _check_name)
+
+    def suspended(self) -> set[str] | None:
+        """Names of the VMs that were suspended with the host; None: it was not."""
+        if not self._suspended.is_dir():
+            return None
+        return {path.name.removesuffix(SUFFIX) for path in self._suspended.glob("*" + SUFFIX)}
 
     def save(self, definitions: Sequence[Definition]) -> None:
         """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""

@@ -36,6 +36,14 @@ class Ledger:
             accounts.update(block.accounting.as_dict())
         return accounts
 
+    def totals(self, block: VmBlock | None) -> tuple[dict[str, int], dict[int, tuple[int, float]]]:
+        """All there is, for `load`: accounting fields by name, and count and seconds by exit code."""
+        return dict(self.accounts(block)), self._all_exits(block)
+
+    def load(self, accounts: dict[str, int], exits: dict[int, tuple[int, float]]) -> None:
+        """Go on from the totals that another daemon had come to."""
+        self._accounts, self._exits = Counter(accounts), dict(exits)
+
     def exits(self, block: VmBlock | None) -> list[ExitRow]:
         """Exit statistics, the most frequent first."""
         rows = [ExitRow(code=code, name=exit_name(code & (1 << 64) - 1), count=count, seconds=seconds)

@@ -33,6 +33,8 @@ Reservation = Annotated[int, Meta(ge=0, le=MAX_MEMORY, description="bytes, a mul
 MemoryShares = Annotated[int, Meta(ge=1, le=1_000_000, description="against others; 10 per MiB is normal")]
 Weight = Annotated[int, Meta(ge=1, le=10000)]
 Cap = Annotated[int, Meta(ge=0, le=100, description="percent of one CPU; 0 = no cap")]
+FilePath = Annotated[str, Meta(min_length=1, max_length=4096, pattern=r"^/[^\x00]*\Z",
+                               description="an absolute path")]
 Timeout = Annotated[float, Meta(ge=0, le=86400, description="seconds")]
 
 DEFAULT_MEMORY = 128 << 20
@@ -108,6 +110,21 @@ class CloneRequest(Request):
 
     names: Annotated[list[VmName], Meta(min_length=1, max_length=1000)]
     start: bool = False
+
+
+class SnapshotRequest(Request):
+    """Body of POST /vms/{name}/snapshot: the file to write, and the snapshot beside it that this one is to
+    be based on.  The daemon reads and writes them."""
+
+    to: FilePath | None = None
+    base: FilePath | None = None
+
+
+class RestoreRequest(Request):
+    """Body of POST /restore: the snapshot, and a name for the VM other than the one in it."""
+
+    file: FilePath
+    name: VmName | None = None
 
 
 class ImageSpec(Request):
@@ -329,6 +346,20 @@ class ClonesView(View, frozen=True):
 
     names: list[str]
     pause_s: float
+
+
+class SnapshotView(View, frozen=True):
+    """The result of a snapshot: the file, its bytes, and how long the VM stood still for it."""
+
+    file: str
+    size: int
+    pause_s: float
+
+
+class RestoredView(View, frozen=True):
+    """The result of a restore."""
+
+    name: str
 
 
 class OperationView(View, frozen=True):

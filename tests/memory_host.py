@@ -29,6 +29,10 @@ from hostd.model import (
     MemoryEvents,
     MemoryUsage,
     MemoryView,
+    RestoredView,
+    RestoreRequest,
+    SnapshotRequest,
+    SnapshotView,
     StopRequest,
     SwapUsage,
     TranslationsView,
@@ -59,6 +63,7 @@ class MemoryHost(Host):
         self.guests: dict[str, Guest] = {}
         self.blobs: set[str] = set()
         self.images: dict[str, ImageView] = {}
+        self.snapshots: dict[str, Guest] = {}
         #: what its books of memory have wrong
         self.wrong: list[str] = []
 
@@ -187,6 +192,28 @@ class MemoryHost(Host):
                 self.guests[new] = Guest(guest.spec, state, name)
 
         return self.operations.start("clone", name, work)
+
+    def snapshot(self, name: str, request: SnapshotRequest) -> Operation:
+        guest = self._guest(name)
+        file = request.to or f"/state/snapshots/{name}.snap"
+
+        async def work(operation: Operation) -> SnapshotView:
+            self.snapshots[file] = guest
+            return SnapshotView(file=file, size=4096, pause_s=0.001)
+
+        return self.operations.start("snapshot", name, work)
+
+    def restore(self, request: RestoreRequest) -> Operation:
+        if request.file not in self.snapshots:
+            raise NotFound(f"there is no snapshot {request.file}")
+        saved = self.snapshots[request.file]
+        name = request.name or saved.spec.name
+
+        async def work(operation: Operation) -> RestoredView:
+            self.guests[name] = Guest(saved.spec, State.RUNNING)
+            return RestoredView(name=name)
+
+        return self.operations.start("restore", name, work)
 
     async def send_input(self, name: str, data: bytes) -> None:
         guest = self._guest(name)

@@ -89,6 +89,14 @@ async def clone_vm(host: Host, call: Call) -> Operation:
     return host.clone(call.name, call.body)
 
 
+async def snapshot_vm(host: Host, call: Call) -> Operation:
+    return host.snapshot(call.name, call.body)
+
+
+async def restore_vm(host: Host, call: Call) -> Operation:
+    return host.restore(call.body)
+
+
 async def vm_exits(host: Host, call: Call) -> list[ExitRow]:
     return host.exits(call.name)
 
