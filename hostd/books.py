@@ -45,9 +45,10 @@ class Charge:
 class Books:
     """The ledger of the pool."""
 
-    def __init__(self, pool: Pool, stores: Stores | None = None) -> None:
+    def __init__(self, pool: Pool, stores: Stores | None = None, reserve: int = 0) -> None:
+        """The first `reserve` frames are for the overhead of guests only."""
         self._pool = pool
-        self._allocator = FrameAllocator(pool)
+        self._allocator = FrameAllocator(pool, reserve)
         self.stores = stores or Stores()
         #: blocks of all guests that have memory, and their charges, by first frame
         self._blocks: dict[int, VmBlock] = {}
@@ -226,7 +227,7 @@ class Books:
     # --- the books
 
     def free_frames(self) -> int:
-        """Frames nobody has."""
+        """Frames that can be had: those that nobody has, but for what is kept for overhead."""
         return self._allocator.free_frames()
 
     def counts(self) -> FrameCounts:

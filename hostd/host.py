@@ -87,7 +87,7 @@ class Host:
         self._inventory = Inventory(config.state_dir)
         self._images = Images(config.state_dir)
         self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap",
-                                     config.memory.swap.bytes)
+                                     config.memory.swap.bytes, config.memory.overcommit_ratio)
         self._guests = Guests(nursery, self._memory, self._images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
         options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6)),

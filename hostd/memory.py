@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 
 #: how long a guest about to start waits for others to give up memory
 ROOM_S = 20.0
+#: one of so many frames, at most, is kept for the overhead of guests
+MOST_RESERVED = 32
 
 
 class MachineMemory:
     """The pool is there at once, for the workers to map; the books are opened with their first use, because
     numpy, in which they are kept, would be a fifth of the daemon's start."""
 
-    def __init__(self, size: int, swap_path: Path | None = None, swap_bytes: int = 0) -> None:
+    def __init__(self, size: int, swap_path: Path | None = None, swap_bytes: int = 0,
+                 overcommit: float = 1.0) -> None:
         self._swap = swap_path, swap_bytes
+        self._overcommit = overcommit
         #: frames that guests about to start wait for
         self.wanted = 0
         #: called when there are not enough
@@ -65,4 +69,7 @@ class MachineMemory:
         from hostd.swapfile import SwapFile
 
         path, limit = self._swap
-        return Books(self.pool, Stores(SwapFile(path, limit) if path is not None and limit else None))
+        # a P2M takes a 512th of its guest's memory, the rest of its block hardly more than a quarter of that
+        reserve = min(self.pool.frames // MOST_RESERVED, int(self.pool.frames * self._overcommit) // 384)
+        swap = SwapFile(path, limit) if path is not None and limit else None
+        return Books(self.pool, Stores(swap), reserve)

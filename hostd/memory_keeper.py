@@ -79,6 +79,8 @@ class MemoryKeeper:
         self._random = random or Random()
         self._policy = Policy()
         self._watches: dict[str, _Watch] = {}
+        #: the last decision asked for nothing
+        self._settled = False
         self._hunger = trio.Event()
         guests.leases.on_hunger = memory.on_want = self._hungry
 
@@ -104,7 +106,7 @@ class MemoryKeeper:
                 await trio.sleep(DECIDE_S / 10)
 
     def _plenty(self) -> bool:
-        return (self._policy.state is pressure.State.HIGH
+        return (self._policy.state is pressure.State.HIGH and self._settled
                 and self._memory.books.free_frames() > PLENTY * self._memory.pool.frames)
 
     # --- deciding
@@ -121,6 +123,8 @@ class MemoryKeeper:
             self._events.publish("memory", state=plan.state.label, before=before.label)
         self._state.pressure = plan.state
         self._state.waiting = self._guests.leases.waiting()
+        # a balloon on its way moves a step a decision
+        self._settled = not any(one.balloon or one.evict for one in plan.vms.values())
         self._urgent(plan.share)
         for vm in vms:
             self._ask(vm, plan.vms[vm.name])
@@ -137,7 +141,7 @@ class MemoryKeeper:
 
     def _host_memory(self) -> HostMemory:
         counts = self._memory.books.counts()
-        return HostMemory(pool=counts.total, free=counts.free, overhead=counts.overhead,
+        return HostMemory(pool=counts.total, free=self._memory.books.free_frames(), overhead=counts.overhead,
                           demanded=self._guests.leases.demanded() + self._memory.wanted,
                           now=trio.current_time())
 

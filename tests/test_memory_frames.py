@@ -56,6 +56,26 @@ def test_scattered_frames_are_no_run() -> None:
     assert sum(count for _, count in allocator.lend(1, 32)) == 32
 
 
+def test_what_is_kept_for_runs_is_never_lent() -> None:
+    allocator = FrameAllocator(Pool(65 * PAGE), reserve=16)
+    assert allocator.free_frames() == 48
+    with pytest.raises(OutOfFrames):
+        allocator.lend(0, 49)
+    lent = [frame for first, count in allocator.lend(0, 48) for frame in range(first, first + count)]
+    allocator.give_back(lent[::2])
+    runs = [allocator.alloc_run(8) for _ in range(2)]
+    assert allocator.free_frames() == 24
+    with pytest.raises(OutOfFrames, match="no 2 contiguous frames"):
+        allocator.alloc_run(2)
+    allocator.free_run(runs[0], 8)
+    assert (allocator.free_frames(), allocator.count([]).free) == (24, 32)
+    assert allocator.alloc_run(8) == runs[0]
+    allocator.give_back(lent[1::2])
+    assert allocator.alloc_run(16) > runs[1], "beyond the reserve there is room for runs, too"
+    assert allocator.free_frames() == 32
+    assert allocator.check([]) == []
+
+
 def test_frame_zero_is_never_given() -> None:
     allocator = FrameAllocator(Pool(16 * PAGE))
     assert all(first > 0 for first, _ in allocator.lend(0, 15))
@@ -101,7 +121,7 @@ class Ledger(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = Pool(3 << 20)
-        self.allocator = FrameAllocator(self.pool)
+        self.allocator = FrameAllocator(self.pool, reserve=2 * VmBlock.frames_for(MEMORY))
         self.magazines = [Magazine() for _ in range(BORROWERS)]
         self.guests: list[Guest] = []
         self.serial = 0

@@ -49,8 +49,11 @@ class PrivateDaemon:
 @contextmanager
 def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0", pool: int = 0,
                    tables: str = "") -> Iterator[PrivateDaemon]:
-    """Run a daemon with temporary state; workers: 0 = one a CPU; pool: bytes of machine memory, 0 = as much as
-    a daemon takes by itself; tables: more of the configuration file.  Raises CtlError if it does not start."""
+    """Run a daemon with temporary state.  Raises CtlError if it does not start.
+
+    workers: 0 = one a CPU; pool: bytes of machine memory, 0 = as much as a daemon takes by itself; tables:
+    more of the configuration file.
+    """
     with _signals_unwind(), tempfile.TemporaryDirectory(prefix="hostd-") as directory:
         configuration = Path(directory, "hostd.toml")
         count = f"workers = {workers}\n" if workers else ""

@@ -83,17 +83,36 @@ class FrameCount:
         return self.free + self.overhead + self.on_loan + self.private + self.shared
 
 
-class FrameAllocator:
-    """The daemon's ledger of the pool.  Not thread safe: one owner."""
+def _extents(free: np.ndarray) -> list[Extent]:
+    """Frame numbers, ascending, as extents; the longest last: `pop` serves from the largest extent."""
+    if not len(free):
+        return []
+    breaks = np.flatnonzero(np.diff(free) != 1) + 1
+    starts = free[np.concatenate(([0], breaks))]
+    ends = free[np.concatenate((breaks - 1, [len(free) - 1]))] + 1
+    order = np.argsort(ends - starts)
+    return [(int(starts[i]), int(ends[i] - starts[i])) for i in order]
 
-    def __init__(self, pool: Pool) -> None:
+
+class FrameAllocator:
+    """The daemon's ledger of the pool.  Not thread safe: one owner.
+
+    The first `reserve` frames are for runs only and never lent: when memory was short once, what is free lies
+    scattered among guests' pages, and no run would be found there.
+    """
+
+    def __init__(self, pool: Pool, reserve: int = 0) -> None:
         self.pool = pool
+        #: frames below are for runs
+        self._lendable = 1 + min(reserve, pool.frames - 1)
         self._owner = np.zeros(pool.frames, dtype=np.int16)
         self._refs = np.zeros(pool.frames, dtype=np.uint32)
         self._owner[0] = OVERHEAD   # frame 0 stays empty: a zero entry never names memory
-        self._extents: list[Extent] = [(1, pool.frames - 1)]
+        self._rescan()
         # how many frames of `_owner` are FREE and OVERHEAD: a pool has millions, too many to count each time
         self._free, self._overhead = pool.frames - 1, 1
+        #: of the free ones, those that are for runs
+        self._kept = self._lendable - 1
 
     # -- taking ------------------------------------------------------------------------------------
 
@@ -102,20 +121,12 @@ class FrameAllocator:
         return self._owner.copy()
 
     def free_frames(self) -> int:
-        """How many frames nobody has."""
-        return self._free
+        """How many frames can be lent."""
+        return self._free - self._kept
 
     def _rescan(self) -> None:
-        free = np.flatnonzero(self._owner == FREE)
-        if not len(free):
-            self._extents = []
-            return
-        breaks = np.flatnonzero(np.diff(free) != 1) + 1
-        starts = free[np.concatenate(([0], breaks))]
-        ends = free[np.concatenate((breaks - 1, [len(free) - 1]))] + 1
-        # longest last: `pop` serves from the largest extent
-        order = np.argsort(ends - starts)
-        self._extents = [(int(starts[i]), int(ends[i] - starts[i])) for i in order]
+        self._runs = _extents(np.flatnonzero(self._owner[:self._lendable] == FREE))
+        self._extents = _extents(np.flatnonzero(self._owner[self._lendable:] == FREE) + self._lendable)
 
     def _take(self, count: int, owner: int) -> list[Extent]:
         taken: list[Extent] = []
@@ -145,27 +156,37 @@ class FrameAllocator:
 
     def alloc_run(self, count: int) -> int:
         """First of `count` contiguous zeroed frames of overhead.  Raises OutOfFrames."""
-        for attempt in range(2):
-            for index in range(len(self._extents) - 1, -1, -1):
-                first, have = self._extents[index]
+        first = self._find_run(count)
+        if first is None:
+            self._rescan()
+            first = self._find_run(count)
+        if first is None:
+            raise OutOfFrames(f"no {count} contiguous frames are free in the pool")
+        self._owner[first:first + count] = OVERHEAD
+        self._count_run(first, count)
+        return first
+
+    def _find_run(self, count: int) -> int | None:
+        """Cut a run off an extent; of those kept for runs if one is long enough."""
+        for extents in self._runs, self._extents:
+            for index in range(len(extents) - 1, -1, -1):
+                first, have = extents[index]
                 if have >= count:
-                    if have == count:
-                        del self._extents[index]
-                    else:
-                        self._extents[index] = (first + count, have - count)
-                    self._owner[first:first + count] = OVERHEAD
-                    self._free -= count
-                    self._overhead += count
+                    extents[index:index + 1] = [(first + count, have - count)] if have > count else []
                     return first
-            if attempt == 0:
-                self._rescan()
-        raise OutOfFrames(f"no {count} contiguous frames are free in the pool")
+        return None
+
+    def _count_run(self, first: int, count: int) -> None:
+        """`count` frames from `first` are overhead now; or, if it is negative, no longer."""
+        self._free -= count
+        self._overhead += count
+        if first < self._lendable:
+            self._kept -= count
 
     def free_run(self, first: int, count: int) -> None:
         """Give overhead back."""
         self._owner[first:first + count] = FREE
-        self._free += count
-        self._overhead -= count
+        self._count_run(first, -count)
         self.pool.release(first, count)
 
     def lend(self, borrower: int, count: int) -> list[Extent]:
