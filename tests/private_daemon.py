@@ -41,14 +41,15 @@ class PrivateDaemon:
 
     def __init__(self, directory: Path, *, config: str = "", metrics: str = "127.0.0.1:0",
                  env: dict[str, str] | None = None, activate: int | None = None,
-                 prefix: Sequence[str] = ()) -> None:
-        """`config` is more text for the configuration file; `activate` is a listening socket to hand over;
-        `prefix` is a command that executes the daemon's."""
+                 prefix: Sequence[str] = (), memory: str = "512M") -> None:
+        """`config` is more text for the configuration file, `memory` its pool; `activate` is a listening
+        socket to hand over; `prefix` is a command that executes the daemon's."""
         self.directory = directory
         self.socket = directory / "hostd.sock"
         self.config = directory / "hostd.toml"
         self.log = directory / "log"
         self.metrics = metrics
+        self.memory = memory
         self.configure(config)
         command = [sys.executable, "-m", "hostd.daemon", "--config", str(self.config)]
         if activate is not None:
@@ -69,8 +70,8 @@ class PrivateDaemon:
         """Write the configuration file; `extra` follows the [host] section's directories."""
         self.config.write_text(
             f'[metrics]\naddress = "{self.metrics}"\n[api]\nsocket = "{self.socket}"\n[host]\n'
-            f'state_dir = "{self.directory}/state"\nworkers = 2\nmemory = "512M"\nshutdown_timeout = 0\n'
-            f'{extra}')
+            f'state_dir = "{self.directory}/state"\nworkers = 2\nmemory = "{self.memory}"\n'
+            f'shutdown_timeout = 0\n{extra}')
 
     def __enter__(self) -> PrivateDaemon:
         return self
