@@ -96,6 +96,7 @@ class Guests:
         paused."""
         if vm.state not in (State.RUNNING, State.PAUSED):
             raise Conflict(f"VM {vm.name} is {vm.state}: it must be paused or running")
+        worker = vm.worker
         parked = await self.park(vm) if vm.state is State.RUNNING else None
         assert vm.block is not None
         state = vm.parked
@@ -103,15 +104,16 @@ class Guests:
             block = self._memory.books.clone(vm.block)
         finally:
             if parked is not None:
-                await self._go_on(vm)
+                await self._go_on(vm, worker)
         pause_ns = 0 if parked is None else time.monotonic_ns() - parked.at_ns
         return Copy(block, state, pause_ns / 1e9)
 
-    async def _go_on(self, vm: Vm) -> None:
-        """Unpark a guest that was copied.  Should it not come to that, the copy is none the worse for it."""
+    async def _go_on(self, vm: Vm, worker: Worker | None) -> None:
+        """Have the worker go on with a guest that was copied since it gave it back, or else another one.
+        Should it not come to that, the copy is none the worse for it."""
         with trio.CancelScope(shield=True):
             try:
-                await self.unpark(vm)
+                await self.hand_over(vm, vm.parked, Trigger.RESUME, target=worker, unchanged=True)
             except HostError as error:
                 log.error("guest does not go on", extra={"vm": vm.name, "why": str(error)})
 
@@ -219,14 +221,15 @@ class Guests:
             vm.starting.cancel()
 
     async def hand_over(self, vm: Vm, state: bytes, trigger: Trigger, since_ns: int = 0,
-                         target: Worker | None = None) -> None:
-        """Give the guest to `target`, or to whichever worker suits; to another if that one dies over it."""
+                        target: Worker | None = None, unchanged: bool = False) -> None:
+        """Give the guest to `target`, or to whichever worker suits; to another if that one dies over it.
+        `unchanged`: `target` had it last, and nobody has written to its memory since."""
         for _ in range(HAND_OVERS):
             await self.workers.wait_ready()
             alive = self.workers.alive
             worker = target if target in alive else self.placement.place(alive, self.vms.values())
             try:
-                await self.leases.adopt(vm, worker, state, trigger, since_ns)
+                await self.leases.adopt(vm, worker, state, trigger, since_ns, unchanged and worker is target)
                 return
             except NeverAdopted as error:
                 log.warning("guest not handed over", extra={"vm": vm.name, "why": str(error)})

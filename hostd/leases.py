@@ -93,8 +93,10 @@ class Leases:
             protocol.BalloonView: self._on_balloon,
         }
 
-    async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0) -> None:
-        """Give the guest to `worker`; when it has it, `trigger` happens.
+    async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0,
+                    unchanged: bool = False) -> None:
+        """Give the guest to `worker`; when it has it, `trigger` happens.  `unchanged`: it had it last, and
+        nobody has written to the guest's memory since.
 
         Raises NeverAdopted if the worker dies first: the guest is as it was.  Raises Failed if the worker
         refuses it: the guest has crashed.
@@ -110,7 +112,7 @@ class Leases:
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
             weight=vm.definition.weight, cap=vm.definition.cap,
-            stores=books.stores.paths(books.stores_of(vm.block))))
+            stores=books.stores.paths(books.stores_of(vm.block)), unchanged=unchanged))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()

@@ -52,6 +52,8 @@ class Adopt(Message, frozen=True):
     cap: int
     #: (number, path) of the files in which pages of the guest are
     stores: list[tuple[int, str]] = []
+    #: this worker had the guest last, and nobody has written to its memory since
+    unchanged: bool = False
 
 
 class Release(Message, frozen=True):

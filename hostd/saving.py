@@ -18,6 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -50,6 +51,8 @@ PAGES = "_pages.snap"
 
 #: pages between two looks at whether somebody still wants this
 _PIECE = 512
+#: small snapshots that are written at a time
+_WRITERS = 4
 
 
 class Saver:
@@ -154,9 +157,13 @@ class Saver:
             slots = _write_pages(partial / PAGES, [member.block for member in members])
             pages = Snapshot.open(partial / PAGES)
             try:
-                for member in members:
-                    _check_wanted()
+                def write(member: _Member) -> None:
                     _write_member(partial / f"{member.vm.name}{SUFFIX}", member, pages, slots)
+
+                # most of the time the disk is waited for
+                with ThreadPoolExecutor(_WRITERS) as writers:
+                    for _ in writers.map(write, members):
+                        _check_wanted()
             finally:
                 pages.close()
             with storage.told_plainly(whole):

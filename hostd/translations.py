@@ -24,14 +24,16 @@ class Translations:
     def forget_frames(self, first: int, count: int) -> None:
         self._cpu.invalidate(first, count)
 
-    def forget_guest(self, leaf: np.ndarray, snapshot: int) -> None:
-        """A guest arrives with the P2M `leaf`, its shared frames as they were at `snapshot` (0: none)."""
-        private, shared = FrameAllocator.split(leaf)
-        self._forget(private)
-        if snapshot not in self._snapshots:
-            self._forget(shared)
-            if snapshot:
-                self._snapshots.add(snapshot)
+    def forget_guest(self, leaf: np.ndarray, snapshot: int, unchanged: bool = False) -> None:
+        """A guest arrives with the P2M `leaf`, its shared frames as they were at `snapshot` (0: none); or it
+        is back, and all of its memory is as it was here."""
+        if not unchanged:
+            private, shared = FrameAllocator.split(leaf)
+            self._forget(private)
+            if snapshot not in self._snapshots:
+                self._forget(shared)
+        if snapshot:
+            self._snapshots.add(snapshot)
 
     def forget_shared(self, frames: bytes) -> None:
         """A guest is about to share frames (u64) that others wrote."""

@@ -208,7 +208,7 @@ class WorkerLoop:
         lease = message.vm
         try:
             block = VmBlock(self._pool, message.base_frame, message.memory_bytes)
-            self._translations.forget_guest(block.leaf(), message.snapshot)
+            self._translations.forget_guest(block.leaf(), message.snapshot, message.unchanged)
             self._slots.open(message.stores)
             guest = Resident(message, self._cpu, block, self._magazine, self._tsc_khz,
                              lambda data: self._say(lease, data), self._translator, self._slots)

@@ -12,7 +12,6 @@ from hostd.ctl.formatting import print_json
 from hostd.ctl.session import Session, format_option, one_name, pass_session
 from hostd.model import RestoreRequest, SnapshotRequest
 
-
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
