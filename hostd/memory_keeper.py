@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DECIDE_S = 1.0
-#: the same while there is plenty of memory, which is seen without looking at every guest
+#: the same while somebody waits for memory
+HUNGRY_S = 0.1
+#: and while there is plenty of memory, which is seen without looking at every guest
 PLENTY_S = 10.0
 #: the part of the pool that is free then
 PLENTY = 0.1
@@ -102,8 +104,10 @@ class MemoryKeeper:
                 self._hunger = trio.Event()
                 decided, about = trio.current_time(), claims
                 await self.decide()
-                # hunger that is not stilled at once waits for the next decision, not for a busy loop
-                await trio.sleep(DECIDE_S / 10)
+                # no busy loop, but whoever is still hungry does not wait for a whole period
+                await trio.sleep(HUNGRY_S)
+                if self._guests.leases.waiting() or self._memory.wanted:
+                    self._hungry()
 
     def _plenty(self) -> bool:
         return (self._policy.state is pressure.State.HIGH and self._settled
