@@ -58,8 +58,8 @@ def _contents(count: int) -> list[bytes]:
 
 @dataclass
 class _Bench:
-    """The pages of a guest, and what can be done to them before it runs; each answers what is to be run and
-    undoes nothing: the guest's memory goes with the guest."""
+    """Memory for a guest, as it is to be when the guest begins to run: `plain`, with all of its pages there
+    and its own, or otherwise."""
 
     machines: Rig
     swap: SwapFile
@@ -72,37 +72,32 @@ class _Bench:
     def data(self) -> int:
         return flat.DATA if self.vmm == "hw" else flat32.DATA
 
-    def guest(self, operation: bytes, count: int) -> FlatGuest | FlatGuest32:
+    def guest(self, operation: bytes) -> FlatGuest | FlatGuest32:
         if self.vmm == "hw":
-            return FlatGuest(programs.repeat(operation), 1, count=count)
-        return FlatGuest32(flat32.repeat(operation), 1, count)
+            return FlatGuest(programs.repeat(operation), 1, count=PAGES)
+        return FlatGuest32(flat32.repeat(operation), 1, PAGES)
 
-    def block(self) -> VmBlock:
-        """Fresh memory, all pages private."""
+    def plain(self, guest: FlatGuest | FlatGuest32) -> VmBlock:
         memory = flat.MEMORY_BYTES if self.vmm == "hw" else flat32.MEMORY_BYTES
-        guest = self.guest(b"", 0)
         data = [(self.data + index * PAGE, page) for index, page in enumerate(_contents(PAGES))]
         return self.machines.block(memory, [*guest.writes(), *data])
 
-    def plain(self) -> VmBlock:
-        return self.block()
-
-    def cloned(self) -> VmBlock:
-        source = self.block()
+    def cloned(self, guest: FlatGuest | FlatGuest32) -> VmBlock:
+        source = self.plain(guest)
         clone = self.machines.clone(source)
         self.machines.free(source)
         # one more owner: the frames stay shared, as they are among many clones
         self.machines.allocator.retain(self.frames(clone))
         return clone
 
-    def watched(self) -> VmBlock:
-        block = self.block()
+    def watched(self, guest: FlatGuest | FlatGuest32) -> VmBlock:
+        block = self.plain(guest)
         with self._timed("watch"):
             reclaim.watch(block.p2m, _pages(self.data, PAGES))
         return block
 
-    def stored(self) -> VmBlock:
-        block, allocator = self.block(), self.machines.allocator
+    def stored(self, guest: FlatGuest | FlatGuest32) -> VmBlock:
+        block, allocator = self.plain(guest), self.machines.allocator
         pages = _pages(self.data, PAGES)
         reclaim.watch(block.p2m, pages)
         with self._timed("swap-out"):
@@ -141,7 +136,7 @@ class _Timed:
 
 
 #: what a guest does to pages in what state
-_TOUCHES: dict[str, tuple[bytes, Callable[[_Bench], VmBlock]]] = {
+_TOUCHES: dict[str, tuple[bytes, Callable[[_Bench, FlatGuest | FlatGuest32], VmBlock]]] = {
     "none": (b"", _Bench.plain),
     "plain": (_WRITE_EACH, _Bench.plain),
     "cow-break": (_WRITE_EACH, _Bench.cloned),
@@ -153,8 +148,8 @@ _TOUCHES: dict[str, tuple[bytes, Callable[[_Bench], VmBlock]]] = {
 def _seconds(bench: _Bench, what: str) -> float:
     """CPU seconds of a guest from its first instruction to its end."""
     operation, prepare = _TOUCHES[what]
-    guest = bench.guest(operation, PAGES)
-    with bench.machines.machine(prepare(bench), guest.cpu(), vmm=bench.vmm) as machine:
+    guest = bench.guest(operation)
+    with bench.machines.machine(prepare(bench, guest), guest.cpu(), vmm=bench.vmm) as machine:
         began = time.thread_time()
         stop = run_to_end(machine)
         seconds = time.thread_time() - began
