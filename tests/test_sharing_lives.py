@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Page sharing while guests come, are cloned and go, some of them just when something is to be done to them."""
+"""Page sharing while guests come, are cloned and go, some just when something is to be done to them."""
 
 from __future__ import annotations
 
