@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 
 from hostd.bench.soak_work import COMPLAINTS
 
-#: what the arrival of the script is announced by
-ARRIVED = "LOAD-SCRIPT"
 #: what a guest says whose files are all written once
 FULL = "LOAD-FULL"
 _PATH = "/tmp/load"
 
-# $1: the guest's number; $2: how many files; $3: their size in KiB.  The kernel's errors and warnings are to
-# be seen on the console: it says of a process it had to kill at level 3.  Numbers that a round's file is
-# chosen by are odd multiples, so that every file has its turn.
+# $1: the guest's number; $2: how many files; $3: their size in KiB.  Clones go on with the same random
+# numbers until their kernels stir in what they are told here, within a minute (random(4)).  The kernel's
+# errors and warnings are to be seen on the console: of a process it had to kill it says so at level 3.
 _SCRIPT = f"""\
 me=$1 files=$2 kib=$3 round=0
+echo $me >/dev/urandom
 dmesg -n 5
 mkdir -p /load
 mount -t tmpfs -o size=90% none /load
@@ -41,16 +40,10 @@ done
 """
 
 
-def script() -> str:
-    """What is typed at a guest's shell to leave the script in it."""
-    body = _SCRIPT.replace("'", "'\\''")
-    # the announcement is put together by the shell, so that the echo of what is typed does not match it
-    return f"echo '{body}' >{_PATH}; echo LOAD-$(echo SCRIPT)\n"
-
-
 def command(number: int, files: int, kib: int) -> str:
-    """What is typed at a guest that has the script, to set it to work for ever."""
-    return f"sh {_PATH} {number} {files} {kib}\n"
+    """What is typed at a guest's shell to set it to work for ever."""
+    body = _SCRIPT.replace("'", "'\\''")
+    return f"echo '{body}' >{_PATH}; sh {_PATH} {number} {files} {kib}\n"
 
 
 _LINE = re.compile(r"LOAD (\d+) (\d+) (ok|BAD .*)")

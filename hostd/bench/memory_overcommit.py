@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from hostd.bench.memory_guests import await_console, boot, names
-from hostd.bench.memory_load import ARRIVED, Witness, command, script
+from hostd.bench.memory_guests import boot, names
+from hostd.bench.memory_load import Witness, command
+from hostd.ctl import demo
 from hostd.ctl.client import Client, vm_path
 from hostd.ctl.demo import Template
 from hostd.ctl.private import PrivateDaemon, private_daemon
@@ -38,6 +39,8 @@ class Load:
     guests: int = 50
     pool: int = 1 << 30
     seconds: float = 300.0
+    #: boot every guest; else all are clones of one, which is quicker and leaves sharing less to find
+    booted: bool = False
     #: files of each guest, and the size of each
     files: int = 24
     kib: int = 1024
@@ -112,13 +115,9 @@ class _Fleet:
 
     def start(self, load: Load) -> None:
         for name, witness in self.witnesses.items():
-            self._type(name, script())
-            await_console(self._client, name, ARRIVED)
-            self._type(name, command(witness.number, load.files, load.kib))
+            self._client.call("POST", vm_path(name, "input"),
+                              content=command(witness.number, load.files, load.kib).encode())
             self._last[name] = time.monotonic()
-
-    def _type(self, name: str, text: str) -> None:
-        self._client.call("POST", vm_path(name, "input"), content=text.encode())
 
     def look(self) -> None:
         """Read what their consoles got since the last look."""
@@ -156,7 +155,12 @@ def overcommit(daemon: PrivateDaemon, template: Template, load: Load,
     """The same under a daemon that is there already, with no guests yet."""
     client = daemon.client
     began = time.monotonic()
-    boot(client, dict.fromkeys(names(load.guests), template), say)
+    if load.booted:
+        boot(client, dict.fromkeys(names(load.guests), template), say)
+    else:
+        demo.boot(client, template)
+        demo.clone(client, load.guests)
+        _destroy(client, demo.TEMPLATE)
     booted = time.monotonic() - began
     fleet, watched = _Fleet(client, load.guests), _Watched()
     fleet.start(load)
@@ -200,6 +204,10 @@ def overcommit(daemon: PrivateDaemon, template: Template, load: Load,
         failures=failures[:_MOST_TOLD] + ([f"and {len(failures) - _MOST_TOLD} more"]
                                           if len(failures) > _MOST_TOLD else []),
         log=_serious(daemon))
+
+
+def _destroy(client: Client, name: str) -> None:
+    client.finish(client.begin("DELETE", vm_path(name), query={"force": "true"}))
 
 
 def _events(events: list[MemoryEvents]) -> MemoryEvents:
