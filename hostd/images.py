@@ -211,6 +211,6 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise NotFound(f"{path.name} is gone from {path.parent}") from None
+        raise NotFound(f"{path.name} is not in {path.parent}: upload it again to boot from it") from None
     except OSError as error:
         raise Failed(f"cannot read {path}: {error.strerror}") from None

@@ -52,13 +52,11 @@ class Inventory:
 
     def save(self, definitions: Sequence[Definition]) -> None:
         """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""
-        new = []
+        files = [(self._path(definition.name), msgspec.json.format(msgspec.json.encode(definition)) + b"\n")
+                 for definition in definitions]
+        new = [path for path, _ in files if not path.exists()]
         try:
-            for definition in definitions:
-                path = self._path(definition.name)
-                if not path.exists():
-                    new.append(path)
-                storage.write(path, msgspec.json.format(msgspec.json.encode(definition)) + b"\n")
+            storage.write_all(files)
         except BaseException:
             for path in new:
                 path.unlink(missing_ok=True)

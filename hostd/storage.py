@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -36,19 +36,33 @@ def told_plainly(path: Path) -> Iterator[None]:
 
 def write(path: Path, data: bytes) -> None:
     """Make `path` hold `data`, atomically and durably.  On failure it is as it was before."""
-    partial = path.with_name(PARTIAL + path.name)
-    with told_plainly(path):
-        try:
-            with open(partial, "wb") as file:
-                file.write(data)
-                file.flush()
+    write_all([(path, data)])
+
+
+def write_all(files: Sequence[tuple[Path, bytes]]) -> None:
+    """Make several files of one directory hold what they are given, each atomically, and all durably.
+
+    They are synced when all are written: the first sync has most of the others' work done with its own.
+    """
+    partials = [path.with_name(PARTIAL + path.name) for path, _ in files]
+    try:
+        for (path, data), partial in zip(files, partials):
+            with told_plainly(path):
+                partial.write_bytes(data)
+        for (path, _), partial in zip(files, partials):
+            with told_plainly(path), open(partial, "rb") as file:
                 os.fsync(file.fileno())
-            os.rename(partial, path)
-            sync_directory(path.parent)
-        except BaseException:
+        for (path, _), partial in zip(files, partials):
+            with told_plainly(path):
+                os.rename(partial, path)
+        for directory in {path.parent for path, _ in files}:
+            with told_plainly(directory):
+                sync_directory(directory)
+    except BaseException:
+        for partial in partials:
             with suppress(OSError):
                 partial.unlink()
-            raise
+        raise
 
 
 def remove(path: Path) -> None:

@@ -8,6 +8,9 @@ import numpy as np
 from vmm.memory.frames import FrameAllocator
 from vmm.silicon.cpu import Cpu
 
+#: frames between two that are forgotten too: translating them again costs less than leaving them out
+_GAP = 8
+
 
 class Translations:
     """Keeps the CPU of this worker coherent with what the daemon and other workers write.
@@ -43,5 +46,7 @@ class Translations:
         if not len(frames):
             return
         frames = np.sort(frames)
-        for run in np.split(frames, np.flatnonzero(np.diff(frames) != 1) + 1):
-            self._cpu.invalidate(int(run[0]), len(run))
+        ends = np.flatnonzero(np.diff(frames) > _GAP)
+        firsts, lasts = frames[np.append(0, ends + 1)], frames[np.append(ends, len(frames) - 1)]
+        for first, last in zip(firsts.tolist(), lasts.tolist()):
+            self._cpu.invalidate(first, last - first + 1)

@@ -126,6 +126,19 @@ def test_a_refusal_is_one_sentence(ctl: Ctl, arguments: list[str], status: int, 
     assert sentence in ctl(*arguments, status=status).stderr
 
 
+def test_a_vm_is_saved_and_restored(ctl: Ctl, served: ServedHost, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    ctl("create", "one", "--kernel", "KERNEL", "--start")
+    monkeypatch.chdir(tmp_path)
+    file = str(tmp_path / "one.snap")                       # the daemon gets absolute paths
+    assert ctl("snapshot", "one", "--to", "one.snap").stdout == f"{file}\n"
+    assert json.loads(ctl("snapshot", "one", "--to", file, "--base", "old", "--format", "json").stdout) == {
+        "file": file, "size": 4096, "pause_s": 0.001}
+    assert ctl("restore", "one.snap", "--name", "two").stdout == "two\n"
+    assert state(served, "two") == "running"
+    assert "there is no snapshot" in ctl("restore", "none.snap", status=3).stderr
+
+
 def test_a_name_that_is_taken(ctl: Ctl) -> None:
     ctl("create", "a", "--kernel", "KERNEL")
     assert "already" in ctl("create", "a", "--kernel", "KERNEL", status=1).stderr

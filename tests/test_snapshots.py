@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real guests saved in files while they run, and restored from them, under either monitor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hostd.model import MONITORS
+from hostd.saved import SavedVm, encode_saved, saved_in
+from hostd.snapshot import Folder, Snapshot, SnapshotWriter
+from hostd.snapshot.layout import HEADER
+from tests.private_daemon import PrivateDaemon
+from vmm import guests
+
+
+@pytest.fixture(scope="module", params=MONITORS)
+def daemon(request: pytest.FixtureRequest,
+           tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
+    """A daemon that takes this monitor for all guests."""
+    directory = tmp_path_factory.mktemp("daemon")
+    with PrivateDaemon(directory, config=f'[defaults]\nvmm = "{request.param}"\n') as daemon:
+        yield daemon
+
+
+@pytest.fixture(autouse=True)
+def clean(daemon: PrivateDaemon) -> Iterator[None]:
+    """Every test leaves the daemon without VMs, with all frames free, and no file open that it opened."""
+    yield
+    for vm in daemon.get("/vms"):
+        operation = daemon.client.delete(f"/vms/{vm['name']}", params={"force": "true"}).json()
+        assert daemon.get(f"/operations/{operation['id']}", wait=30)["status"] == "done"
+    frames = daemon.get("/host")["frames"]
+    assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
+    assert daemon.get("/memory", check="true")["wrong"] == []
+    targets = [str(link.readlink()) for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]
+    assert not [target for target in targets if ".snap" in target]
+
+
+@pytest.fixture
+def counting(daemon: PrivateDaemon) -> str:
+    """A guest that tells of round after round, and is in the middle of it."""
+    daemon.create("vm", guests.read("primes"), append="loop limit=5000", start=True)
+    daemon.wait("vm", console="round 2:")
+    return "vm"
+
+
+def rounds(console: str) -> list[int]:
+    """The rounds that were told of, all of them with the right count; one after the other."""
+    told = re.findall(r"round (\d+): (\d+) below 5000", console)
+    assert {count for _, count in told} == {"669"}
+    numbers = [int(number) for number, _ in told]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    return numbers
+
+
+def goes_on(daemon: PrivateDaemon, name: str, after: int) -> None:
+    """The guest tells of the rounds that follow `after`, leaving none out."""
+    daemon.wait(name, console=rf"round {after + 3}: .*\n")
+    first = rounds(daemon.console(name))[0]
+    assert first <= after + 2
+
+
+def paused(daemon: PrivateDaemon, name: str) -> int:
+    """Pause the guest once it has told of a round, and say which was the last."""
+    daemon.wait(name, console=r"round .*\n")
+    daemon.do(name, "pause")
+    return rounds(daemon.console(name))[-1]
+
+
+def operation(daemon: PrivateDaemon, path: str, **body: Any) -> Any:
+    """Its end, whatever that is."""
+    return daemon.get(f"/operations/{daemon.post(path, **body)['id']}", wait=30)
+
+
+def save(daemon: PrivateDaemon, name: str, **body: Any) -> Path:
+    result = daemon.do(name, "snapshot", **body)
+    assert result["pause_s"] >= 0 and result["size"] == Path(result["file"]).stat().st_size
+    return Path(result["file"])
+
+
+def restore(daemon: PrivateDaemon, file: Path, name: str) -> None:
+    ended = operation(daemon, "/restore", file=str(file), name=name)
+    assert ended["status"] == "done" and ended["result"] == {"name": name}, ended
+
+
+def refused(daemon: PrivateDaemon, file: Path, sentence: str, name: str = "new") -> None:
+    """Nothing is made of the file."""
+    before = [vm["name"] for vm in daemon.get("/vms")]
+    ended = operation(daemon, "/restore", file=str(file), name=name)
+    assert ended["status"] == "failed" and re.search(sentence, ended["error"]), ended
+    assert [vm["name"] for vm in daemon.get("/vms")] == before
+    assert not (daemon.directory / "state" / "vms" / f"{name}.json").exists()
+
+
+def test_a_clone_tells_how_long_its_template_stood_still(daemon: PrivateDaemon, counting: str) -> None:
+    result = daemon.do("vm", "clone", names=["a", "b", "c"], start=True)
+    after = rounds(daemon.console("vm"))[-1]
+    assert result["names"] == ["a", "b", "c"] and result["pause_s"] > 0
+    for name in "a", "b", "c", "vm":
+        goes_on(daemon, name, after)
+    daemon.do("vm", "pause")
+    assert daemon.do("vm", "clone", names=["d"])["pause_s"] == 0
+
+
+def test_a_guest_is_saved_while_it_counts_and_restored_twice(daemon: PrivateDaemon, counting: str) -> None:
+    file = save(daemon, "vm")
+    assert file.parent == daemon.directory / "state" / "snapshots"
+    after = rounds(daemon.console("vm"))[-1]
+    for name in "first", "second":
+        restore(daemon, file, name)
+    for name in "first", "second", "vm":
+        goes_on(daemon, name, after)
+        view = daemon.get(f"/vms/{name}")
+        assert (view["state"], view["memory"], view["boots"]) == ("running", 16 << 20, 1)
+    assert rounds(daemon.console("vm"))[0] == 1
+
+
+def test_a_file_may_be_removed_once_it_is_restored(daemon: PrivateDaemon, counting: str) -> None:
+    file = save(daemon, "vm")
+    restore(daemon, file, "new")
+    file.unlink()
+    after = paused(daemon, "new")
+    daemon.do("new", "clone", names=["copy"], start=True)
+    daemon.do("new", "resume")
+    goes_on(daemon, "new", after)
+    goes_on(daemon, "copy", after)
+
+
+def test_a_paused_guest_is_saved_and_a_restored_one_saved_again(daemon: PrivateDaemon, counting: str) -> None:
+    daemon.do("vm", "pause")
+    restore(daemon, save(daemon, "vm"), "new")
+    assert daemon.get("/vms/vm")["state"] == "paused"
+    after = paused(daemon, "new")
+    again = save(daemon, "new")
+    daemon.client.delete("/vms/new", params={"force": "true"})
+    restore(daemon, again, "newer")
+    goes_on(daemon, "newer", after)
+
+
+def test_a_snapshot_on_a_base_holds_what_is_new(daemon: PrivateDaemon, counting: str) -> None:
+    directory = daemon.directory / "state" / "snapshots"
+    base = save(daemon, "vm")
+    file = save(daemon, "vm", base=str(base), to=str(directory / "second.snap"))
+    third = save(daemon, "vm", base=str(file))
+    folder = Folder(directory)
+    with_base = folder.open(third.name)
+    assert {file.name for file in with_base.bases} <= {base.name, "second.snap"} and with_base.bases
+    assert with_base.data_bytes < folder.open(base.name).data_bytes
+    folder.close()
+    after = rounds(daemon.console("vm"))[-1]
+    restore(daemon, third, "new")
+    goes_on(daemon, "new", after)
+    base.rename(directory / "elsewhere")
+    refused(daemon, third, "its base is missing", "newest")
+
+
+def test_names_places_and_files_that_cannot_be(daemon: PrivateDaemon, counting: str, tmp_path: Path) -> None:
+    file = save(daemon, "vm", to=str(tmp_path / "vm.snap"))
+    before = file.read_bytes()
+    for body, sentence in (
+            ({"to": str(file)}, "exists already: give the snapshot another name"),
+            ({"to": str(tmp_path / "none" / "vm.snap")}, "No such file or directory"),
+            ({"base": str(tmp_path / "none")}, "there is no snapshot"),
+            ({"to": str(daemon.directory / "x.snap"), "base": str(file)}, "lies beside its base")):
+        ended = operation(daemon, "/vms/vm/snapshot", **body)
+        assert ended["status"] == "failed" and sentence in ended["error"]
+    assert daemon.client.post("/vms/vm/snapshot", json={"to": "vm.snap"}).status_code == 400
+    assert daemon.client.post("/restore", json={"file": str(file), "name": "vm"}).status_code == 409
+    assert "VM vm exists already" in operation(daemon, "/restore", file=str(file))["error"]
+    refused(daemon, tmp_path / "nothing", "there is no snapshot")
+    assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
+    goes_on(daemon, "vm", rounds(daemon.console("vm"))[-1])
+
+
+def test_a_torn_or_damaged_file_is_refused(daemon: PrivateDaemon, counting: str, tmp_path: Path) -> None:
+    good = save(daemon, "vm").read_bytes()
+    bad = tmp_path / "bad.snap"
+    for damaged, sentence in (
+            (good[:-1], "torn"), (good[:100], "torn"), (b"", "does not begin as a snapshot"),
+            (good[:HEADER + 9] + bytes([good[HEADER + 9] ^ 1]) + good[HEADER + 10:], "damaged"),
+            (good[:-9] + b"x" + good[-8:], "damaged"), (good[:8] + b"\2" + good[9:], "version 2"),
+            (good + b"\0", "damaged")):
+        bad.write_bytes(damaged)
+        refused(daemon, bad, sentence)
+
+
+def test_a_file_whose_parts_do_not_fit_each_other(daemon: PrivateDaemon, counting: str,
+                                                  tmp_path: Path) -> None:
+    good = Snapshot.open(save(daemon, "vm"))
+    saved = encode_saved(SavedVm(definition=saved_in(good).definition))
+    for memory, state, definition, sentence in (
+            (good.memory_bytes, b"", saved, "pages only"),
+            (good.memory_bytes, b"nonsense", saved, "not a machine state"),
+            (good.memory_bytes, good.state, b"{}", "missing required field `definition`"),
+            (good.memory_bytes + 4096, good.state, saved, "bytes are in its state")):
+        bad = tmp_path / "bad.snap"
+        bad.unlink(missing_ok=True)
+        with SnapshotWriter(bad, memory, state=state, definition=definition) as writer:
+            writer.finish()
+        refused(daemon, bad, sentence)
+    good.close()
+
+
+def test_a_restored_vm_without_its_kernel_says_so_at_its_next_start(daemon: PrivateDaemon,
+                                                                    counting: str) -> None:
+    restore(daemon, save(daemon, "vm"), "new")
+    daemon.do("new", "stop", force=True)
+    for where in "blobs", "unpacked":
+        for blob in (daemon.directory / "state" / where).iterdir():
+            blob.unlink()
+    ended = operation(daemon, "/vms/new/start")
+    assert ended["status"] == "failed" and "upload it again to boot from it" in ended["error"], ended
