@@ -238,6 +238,7 @@ def _write_guest(path: Path, block: VmBlock, state: bytes, definition: bytes, ba
             writer.add_frames(pages[piece], frames[piece], block.pool.view)
         _add_slots(writer, stored, _numbers(leaf[stored]), block.p2m.fetch)
         step("syncing", 0.95)
+        _check_wanted()
         writer.finish()
 
 
