@@ -75,7 +75,8 @@ def test_debian_with_its_own_modules(machine: Machine) -> None:
     assert balloon.asked_ns <= balloon.received_ns
     assert balloon.statistics["total"] // PAGE == total
     assert abs(balloon.statistics["free"] // PAGE - unused + PAGES) < 200
-    assert balloon.statistics["free"] < balloon.statistics["available"] < balloon.statistics["total"]
+    # available: free pages without those below the watermarks, and cache that could be dropped
+    assert balloon.statistics["free"] // 2 < balloon.statistics["available"] < balloon.statistics["total"]
 
     # deflate
     set_target(machine, 0)
