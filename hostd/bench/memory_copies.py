@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What it takes to clone a running guest, to save it, and to go on from the file, by the guest's size.
 
-A quarter of its memory is full of random bytes, which no two pages share and nobody can compress.
+An eighth of its memory is full of random bytes, which no two pages share and nobody can compress.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from hostd.ctl.private import private_daemon
 from hostd.model import CloneRequest, ClonesView, RestoreRequest, SnapshotRequest, SnapshotView
 
 SIZES = tuple(mib << 20 for mib in (64, 128, 256, 512))
-#: of the guest's memory
-_FULL = 4
+#: one part in so many of the guest's memory
+_FULL = 8
 _SOURCE = "source"
 
 Say = Callable[[str], None]

@@ -70,7 +70,8 @@ def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...],
         if "copies" in parts:
             # the 64-bit kernel of Debian does not start in 64 MiB
             small, sizes = _i386(), memory_copies.SIZES
-            copies = memory_copies.measure(small or template, sizes if small else sizes[1:], runs, guests, say)
+            copies = memory_copies.measure(small or template, sizes if small else sizes[1:], runs, guests,
+                                           say)
         if "sharing" in parts:
             sharing = memory_sharing.measure(template, _i386(), guests, pool or 8 << 30, seconds, say)
             if peer is not None:
