@@ -112,6 +112,7 @@ class _Fleet:
         self._read = dict.fromkeys(self.witnesses, 0)
         self._last = dict.fromkeys(self.witnesses, time.monotonic())
         self.longest = 0.0
+        self._half: dict[str, int] = {}
 
     def start(self, load: Load) -> None:
         for name, witness in self.witnesses.items():
@@ -131,6 +132,11 @@ class _Fleet:
             if witness.rounds != before:
                 self._last[name] = now
 
+    def note_half(self) -> None:
+        """Half the time is over: from now on every guest must get on."""
+        if not self._half:
+            self._half = {name: witness.rounds for name, witness in self.witnesses.items()}
+
     def failures(self) -> list[str]:
         """What went wrong with them, a sentence each."""
         found = []
@@ -141,6 +147,8 @@ class _Fleet:
                 for line in lines]
             if not witness.rounds:
                 found.append(f"{name}: did not finish a single round")
+            elif witness.rounds <= self._half.get(name, 0):
+                found.append(f"{name}: did not get beyond round {witness.rounds} in the second half")
         return found
 
 
@@ -172,6 +180,8 @@ def overcommit(daemon: PrivateDaemon, template: Template, load: Load,
         time.sleep(min(_LOOK_S, load.seconds - elapsed))
         watched.look(client)
         fleet.look()
+        if elapsed > load.seconds / 2:
+            fleet.note_half()
         if time.monotonic() > told + 30:
             told = time.monotonic()
             say(f"{elapsed:.0f} s: {sum(one.rounds for one in fleet.witnesses.values())} rounds, "
