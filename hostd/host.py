@@ -72,6 +72,9 @@ log = logging.getLogger(__name__)
 STOP_TIMEOUT_S = 30.0
 COLLECT_INTERVAL_S = 600.0
 
+#: states in which a VM can be cloned and saved; a move between workers is over before either begins
+_COPIED = frozenset({State.RUNNING, State.PAUSED, State.MIGRATING})
+
 
 class Host:
     """All methods are for the trio thread of the daemon.  They raise hostd.errors.HostError only."""
@@ -363,7 +366,7 @@ class Host:
 
     def clone(self, name: str, request: CloneRequest) -> Operation:
         vm = self._vm(name)
-        if vm.state not in (State.RUNNING, State.PAUSED):
+        if vm.state not in _COPIED:
             raise Conflict(f"VM {name} is {vm.state}: it must be paused or running to be cloned")
         self._check_names(request.names)
         clones = [msgspec.structs.replace(vm.definition, name=new) for new in request.names]
@@ -378,7 +381,7 @@ class Host:
 
     def snapshot(self, name: str, request: SnapshotRequest) -> Operation:
         vm = self._vm(name)
-        if vm.state not in (State.RUNNING, State.PAUSED):
+        if vm.state not in _COPIED:
             raise Conflict(f"VM {name} is {vm.state}: it must be paused or running to be saved")
         to, base = (None if path is None else Path(path) for path in (request.to, request.base))
         return self._begin("snapshot", vm,

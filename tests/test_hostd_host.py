@@ -449,6 +449,21 @@ async def test_a_running_vm_goes_on_after_it_was_cloned(told: ToldHost) -> None:
     await told.prints("copy", "typed:")
 
 
+async def test_a_vm_on_the_move_is_cloned_when_it_has_arrived(told: ToldHost) -> None:
+    await told.ready_workers()
+    await told.running("template")
+    vm = told.host._guests.vms["template"]
+    target = next(worker for worker in told.host._workers.ready if worker is not vm.worker)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(told.host._guests.move, vm, target)
+        while vm.state == "running":
+            await trio.lowlevel.checkpoint()
+        assert vm.state == "migrating"
+        await told.clone("template", "copy", start=False)
+    assert vm.state == "running"
+    assert told.host.get("copy").state == "paused"
+
+
 async def test_a_clone_starts_anew_from_its_template_s_kernel(told: ToldHost) -> None:
     await told.running("template")
     await told.clone("template", "copy")
