@@ -59,7 +59,8 @@ def test_a_running_guest_gives_memory_back_and_gets_it_again(daemon: PrivateDaem
     # the driver told how the guest's memory is doing while it was asked to take pages back
     usage = until(daemon, "web", lambda usage: usage["ballooned"] == 0 and usage["guest_free"])
     assert usage["target"] == 96 * MIB
-    assert usage["guest_free"] <= usage["guest_available"] <= usage["guest_total"] < 96 * MIB
+    # available: free pages without those below the watermarks, and cache that could be dropped
+    assert usage["guest_free"] // 2 < usage["guest_available"] <= usage["guest_total"] < 96 * MIB
     assert daemon.get("/vms/web")["memory_events"]["inflated"] == 32 * MIB >> 12
     metrics = httpx.get(daemon.get("/host")["metrics"]).text
     assert 'hostd_vm_memory_guest_bytes{kind="total",name="web"}' in metrics
