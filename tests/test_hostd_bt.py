@@ -51,7 +51,7 @@ def ctl(daemon: PrivateDaemon, *arguments: str, status: int = 0) -> Result:
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     """A host in this process with real workers."""
     config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
-                   '[scheduler]\nbalance_interval = 60')
+                   'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60')
     async with trio.open_nursery() as nursery:
         host = Host(config, nursery)
         nursery.start_soon(host.run)

@@ -548,7 +548,9 @@ async def test_an_image_in_use_stays(told: ToldHost) -> None:
     assert told.host.list_images() == []
 
 
-async def test_a_start_without_memory_leaves_a_defined_vm(told: ToldHost) -> None:
+async def test_a_start_without_memory_leaves_a_defined_vm(
+        told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hostd.memory.ROOM_S", 0.5)
     for name in "a", "b":
         await told.create(name, memory=30 << 20)
     frames = told.host._memory.books.lend(1, told.host.frames().free - 3)
