@@ -165,7 +165,7 @@ class MemoryKeeper:
             private=counts["private"], shared=counts["shared"], ballooned=counts["ballooned"],
             swapped=counts["stored"], working_set=watch.working_set.estimate,
             balloon_able=balloon is not None and balloon.driver and vm.worker is not None,
-            guest_free=_pages(statistics.get("available", statistics.get("free"))))
+            guest_free=_pages(statistics.get("available", statistics.get("free")), counts["assigned"]))
 
     def _part(self, block: VmBlock) -> int:
         """The guest's part of the frames it shares."""
@@ -244,6 +244,6 @@ def _private(leaf: np.ndarray) -> np.ndarray:
     return (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)
 
 
-def _pages(statistic: int | None) -> int | None:
-    """Pages in a statistic, which is in bytes."""
-    return None if statistic is None else statistic >> 12
+def _pages(statistic: int | None, most: int) -> int | None:
+    """Pages in a statistic, which is in bytes and the guest's word: it has not more than `most`."""
+    return None if statistic is None else min(statistic >> 12, most)

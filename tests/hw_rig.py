@@ -83,6 +83,11 @@ class Machine(VirtualMachine):
     def text(self) -> str:
         return self.printed.decode("latin1")
 
+    def take_dropped(self) -> list[int]:
+        """Frames of shares broken since the last call."""
+        dropped, self.block.p2m.dropped = self.block.p2m.dropped, []
+        return [frame for _, frame in dropped]
+
     def go(self, slice_ns: int = 10_000_000) -> Stop:
         """Run, slice after slice, over halts that a timer ends, until something else happens."""
         patience = time.monotonic_ns() + PATIENCE_NS

@@ -118,11 +118,6 @@ class VirtualMachine:
         """Off the CPU, before somebody else changes what its pages map to."""
         self.processor.evict()
 
-    def take_dropped(self) -> list[int]:
-        """Frames of shares broken since the last call."""
-        dropped, self.block.p2m.dropped = self.block.p2m.dropped, []
-        return [frame for _, frame in dropped]
-
     # -- state -------------------------------------------------------------------------------------
 
     def pause_clock(self) -> None:
