@@ -5,14 +5,34 @@ from __future__ import annotations
 
 import re
 
-from hostd.errors import Conflict, Invalid, NotFound
+import trio
+
+from hostd.errors import Conflict, Invalid, NotFound, TimedOut
 from hostd.events import Events
 from hostd.lifecycle import AT_REST, Policy, State
+from hostd.model import VmView
 from hostd.vm import Vm
 
 #: a match may begin this many bytes before what is new on the console
 OVERLAP = 4096
 MAX_PATTERN = 1024
+
+
+async def wait(vm: Vm, events: Events, state: str | None, console: str | None,
+               timeout: float | None) -> VmView:
+    """Until the console, since the present boot, matches the regular expression, and then until the VM is in
+    `state`.  Raises TimedOut; Conflict when the VM ends so that it cannot happen any more."""
+    pattern = compile_pattern(console) if console is not None else None
+    wanted = parse_state(state) if state is not None else None
+    with trio.move_on_after(float("inf") if timeout is None else timeout) as scope:
+        if pattern is not None:
+            await for_console(vm, pattern)
+        if wanted is not None:
+            await for_state(vm, wanted, events)
+    if scope.cancelled_caught:
+        what = f"did not become {state}" if state else "did not print what was waited for"
+        raise TimedOut(f"VM {vm.name} {what} within {timeout:g} seconds; it is {vm.state}")
+    return vm.view()
 
 
 def compile_pattern(expression: str) -> re.Pattern[bytes]:
