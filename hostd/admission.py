@@ -14,10 +14,11 @@ from contextlib import contextmanager
 
 from hostd.claims import check_admission, check_claim
 from hostd.config import Config
+from hostd.definition import Definition
 from hostd.errors import Conflict, Invalid
 from hostd.guests import Guests
 from hostd.memory import MachineMemory
-from hostd.model import Definition, VmCreate
+from hostd.model import VmCreate
 
 
 class Admission:

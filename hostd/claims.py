@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from hostd.definition import Definition
 from hostd.errors import Conflict, Invalid
-from hostd.model import PAGE, Definition, VmPatch
+from hostd.model import PAGE, VmPatch
 from hostd.policy.admission import Commitment, admit
 from hostd.policy.model import in_mib, settle
 

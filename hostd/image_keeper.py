@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import trio
 
+from hostd.definition import Definition
 from hostd.errors import Conflict, HostError
 from hostd.guests import Guests
 from hostd.images import Images, NotAKernel
 from hostd.loader import lay_out
-from hostd.model import BlobView, Definition, ImageSpec, ImageView
+from hostd.model import BlobView, ImageSpec, ImageView
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,10 @@ from typing import BinaryIO
 import msgspec
 
 from hostd import storage
+from hostd.definition import Definition
 from hostd.errors import Conflict, Failed, Invalid, NotFound, TooLarge
 from hostd.loader import BootFiles
-from hostd.model import MAX_MEMORY, BlobView, Definition, ImageSpec, ImageView
+from hostd.model import MAX_MEMORY, BlobView, ImageSpec, ImageView
 
 GRACE_S = 3600.0
 

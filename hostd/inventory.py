@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from hostd import storage
+from hostd.definition import Definition
 from hostd.errors import Failed
-from hostd.model import Definition
 
 #: directories of the guests of a suspended host, and of one that is about to be (hostd/saving.py)
 SUSPENDED, SUSPENDING = "suspended", "suspending"

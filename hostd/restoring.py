@@ -21,13 +21,13 @@ import numpy as np
 import trio
 
 from hostd import storage
+from hostd.definition import Definition
 from hostd.errors import HostError
 from hostd.events import Events
 from hostd.guests import Guests, Step
 from hostd.inventory import SUFFIX, SUSPENDED, Inventory
 from hostd.lifecycle import State, Trigger
 from hostd.memory import MachineMemory
-from hostd.model import Definition
 from hostd.protocol import CloseStore
 from hostd.saved import SavedVm, saved_in
 from hostd.saving import PAGES, readable

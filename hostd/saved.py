@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 import trio
 
+from hostd.definition import Definition
 from hostd.memory_state import MemoryState
-from hostd.model import Definition
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
 from vmm.state import StateError, decode

@@ -9,11 +9,12 @@ import trio
 
 from hostd import lifecycle
 from hostd.console import Console
+from hostd.definition import Definition
 from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
 from hostd.memory_state import MemoryState
-from hostd.model import Definition, VmView
+from hostd.model import VmView
 from hostd.protocol import BalloonView
 from hostd.workers import Worker
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hostd.claims import changed, check_admission, check_claim, grows
+from hostd.definition import Definition
 from hostd.errors import Conflict, Invalid
 from hostd.lifecycle import Policy
-from hostd.model import MIN_MEMORY, PAGE, Definition, VmPatch
+from hostd.model import MIN_MEMORY, PAGE, VmPatch
 from vmm.memory.block import VmBlock
 
 MIB = 1 << 20

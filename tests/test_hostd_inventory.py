@@ -12,10 +12,10 @@ import msgspec
 import pytest
 
 from hostd import storage
+from hostd.definition import Definition
 from hostd.errors import Failed
 from hostd.inventory import Inventory
 from hostd.lifecycle import Policy
-from hostd.model import Definition
 
 
 def definition(name: str, **changes: object) -> Definition:
