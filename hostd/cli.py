@@ -25,6 +25,7 @@ COMMANDS = {
     "pause": "lifecycle", "resume": "lifecycle", "stop": "lifecycle", "reset": "lifecycle",
     "destroy": "lifecycle", "clone": "lifecycle", "set": "lifecycle",
     "snapshot": "snapshots", "restore": "snapshots",
+    "migrate": "migration", "evacuate": "migration", "recover": "migration", "migrations": "migration",
     "console": "terminal", "log": "terminal", "send": "terminal", "wait": "terminal",
     "exits": "watch", "tc": "watch", "top": "watch", "events": "watch", "operations": "watch",
     "host": "watch", "memory": "memory",

@@ -372,6 +372,8 @@ class OperationView(View, frozen=True):
     created: float
     finished: float | None
     result: Any
+    #: more of how it goes, if the work tells it: of a migration its MigrationView
+    detail: Any = None
 
 
 class Event(View, frozen=True):

@@ -34,6 +34,8 @@ class Operation:
         self.phase = ""
         self.error: HostError | None = None
         self.result: Any = None
+        #: the work may set it to what tells more of how it goes, whenever somebody looks
+        self.detail: Callable[[], Any] = lambda: None
         self.created = time.time()
         self.finished: float | None = None
         self._scope = trio.CancelScope()
@@ -60,7 +62,7 @@ class Operation:
         return OperationView(
             id=self.id, kind=self.kind, target=self.target, status=self.status, progress=self.progress,
             phase=self.phase, error=None if self.error is None else str(self.error), created=self.created,
-            finished=self.finished, result=self.result)
+            finished=self.finished, result=self.result, detail=self.detail())
 
 
 class Operations:
@@ -115,6 +117,8 @@ class Operations:
             operation.status = "failed"
             operation.error = HostError(f"internal error: {type(error).__name__}: {error}")
         finally:
+            last = operation.detail()
+            operation.detail = lambda: last         # lets go of what the work held
             operation.finished = time.time()
             operation._done.set()
             self._announce(operation)

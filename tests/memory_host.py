@@ -42,6 +42,7 @@ from hostd.model import (
     WorkerView,
 )
 from hostd.operations import Operation, Operations
+from tests.memory_migrations import MemoryMigrations
 
 MAX_BLOB = 64 << 20
 
@@ -66,6 +67,8 @@ class MemoryHost(Host):
         self.snapshots: dict[str, Guest] = {}
         #: what its books of memory have wrong
         self.wrong: list[str] = []
+        self.migrations = MemoryMigrations(self.get, self._leave)
+        self.migrations.start = self.operations.start
 
     # --- looking ---
     def host_view(self) -> HostView:
@@ -252,6 +255,9 @@ class MemoryHost(Host):
         if name not in self.guests:
             raise NotFound(f"no VM {name[:64]!r}")
         return self.guests[name]
+
+    def _leave(self, name: str) -> None:
+        self.guests.pop(name).console.close()
 
     def _change(self, kind: str, name: str, *triggers: Trigger) -> Operation:
         guest = self._guest(name)

@@ -17,6 +17,7 @@ from hostd.api.call import Call
 from hostd.api.schema import API_VERSION, VersionView
 from hostd.console import Console
 from hostd.host import Host
+from hostd.migration.views import MigrationView
 from hostd.model import (
     BlobView,
     ExitRow,
@@ -95,6 +96,22 @@ async def snapshot_vm(host: Host, call: Call) -> Operation:
 
 async def restore_vm(host: Host, call: Call) -> Operation:
     return host.restore(call.body)
+
+
+async def migrate_vm(host: Host, call: Call) -> Operation:
+    return host.migrations.migrate(call.name, call.body)  # type: ignore[attr-defined]
+
+
+async def recover_vm(host: Host, call: Call) -> VmView:
+    return await host.migrations.recover(call.name)  # type: ignore[attr-defined]
+
+
+async def evacuate(host: Host, call: Call) -> Operation:
+    return host.migrations.evacuate(call.body)  # type: ignore[attr-defined]
+
+
+async def list_migrations(host: Host, call: Call) -> list[MigrationView]:
+    return host.migrations.list()  # type: ignore[attr-defined]
 
 
 async def vm_exits(host: Host, call: Call) -> list[ExitRow]:

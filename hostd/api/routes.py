@@ -21,6 +21,7 @@ from hostd.api.schema import (
     WaitQuery,
 )
 from hostd.host import Host
+from hostd.migration.views import EvacuateRequest, MigrateRequest, MigrationView
 from hostd.model import (
     BlobView,
     CloneRequest,
@@ -103,6 +104,15 @@ ROUTES: tuple[Route, ...] = (
             SnapshotRequest),
     Route("POST", "/restore", "Make a VM of a snapshot, which goes on where it stood", do.restore_vm,
           OperationView, 202, RestoreRequest, errors=(409, 413)),
+
+    _action("migrate", "Move a VM that runs or is paused to another host; the result is a MigrationView",
+            do.migrate_vm, MigrateRequest),
+    Route("POST", "/vms/{name}/recover", "Make a VM this host's again whose new host is gone for good",
+          do.recover_vm, VmView, body=Nothing, errors=(404, 409, 413)),
+    Route("POST", "/evacuate", "Move all VMs to another host; the result is an EvacuatedView", do.evacuate,
+          OperationView, 202, EvacuateRequest, errors=(409, 413)),
+    Route("GET", "/migrations", "Migrations under way, and the last that are over", do.list_migrations,
+          list[MigrationView]),
 
     Route("GET", "/vms/{name}/exits", "Exits of a VM by reason", do.vm_exits, list[ExitRow], errors=(404,)),
     Route("GET", "/vms/{name}/translations", "Code of a VM beside what binary translation made of it",

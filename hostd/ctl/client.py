@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import httpx
 import msgspec
 
 from hostd.ctl.errors import TIMEOUT, CtlError
+from hostd.migration.views import MigrationView
 from hostd.model import (
     BlobView,
     Event,
@@ -29,6 +30,8 @@ from hostd.model import (
 PATIENCE = 30.0
 #: how long one request stays with the daemon for an operation to end
 _ROUND = 10.0
+#: and if somebody looks at how it goes
+_LOOK = 0.5
 
 
 def vm_path(name: str, *rest: str) -> str:
@@ -109,6 +112,10 @@ class Client:
         operations: list[OperationView] = self.call("GET", "/operations", list[OperationView])
         return operations
 
+    def migrations(self) -> list[MigrationView]:
+        migrations: list[MigrationView] = self.call("GET", "/migrations", list[MigrationView])
+        return migrations
+
     def events(self) -> Iterator[Event]:
         """What happens from now on, until the daemon goes."""
         with self.stream("/events") as response:
@@ -132,15 +139,18 @@ class Client:
         operation: OperationView = self.call(method, path, OperationView, body=body, query=query)
         return operation
 
-    def finish(self, operation: OperationView) -> Any:
-        """Wait for the end of an operation; its result, or its error raised.
+    def finish(self, operation: OperationView, look: Callable[[OperationView], None] | None = None) -> Any:
+        """Wait for the end of an operation; its result, or its error raised.  `look` is shown how it goes.
 
         Whoever interrupts the waiting interrupts the work.
         """
+        patience = _ROUND if look is None else _LOOK
         try:
             while operation.status == "running":
+                if look is not None:
+                    look(operation)
                 operation = self.call("GET", f"/operations/{operation.id}", OperationView,
-                                      query={"wait": _ROUND}, patience=_ROUND + PATIENCE)
+                                      query={"wait": patience}, patience=patience + PATIENCE)
         except KeyboardInterrupt:
             self.call("DELETE", f"/operations/{operation.id}")
             raise

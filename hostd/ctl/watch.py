@@ -12,8 +12,9 @@ import msgspec
 
 from hostd.ctl.formatting import clock, duration, print_fields, print_json, print_table, size
 from hostd.ctl.live import Activity, Screen
+from hostd.ctl.progress import migration_of, over, under_way
 from hostd.ctl.session import Session, format_option, one_name, pass_session
-from hostd.model import WorkerView
+from hostd.model import OperationView, WorkerView
 
 
 @click.command("exits")
@@ -104,10 +105,18 @@ def operations_command(session: Session, cancel: str | None) -> None:
         ("ID", "KIND", "TARGET", "STATUS", ">DONE", "STARTED", "PHASE"),
         [
             (row.id, row.kind, row.target, row.status, f"{row.progress:.0%}", clock(row.created),
-             row.error or row.phase)
+             _standing(row))
             for row in operations
         ],
     )  # fmt: skip
+
+
+def _standing(operation: OperationView) -> str:
+    """Where an operation is; of a migration its figures, too."""
+    migration = migration_of(operation)
+    if operation.error or migration is None:
+        return operation.error or operation.phase
+    return over(migration) if operation.status == "done" else under_way(migration)
 
 
 def _describe(worker: WorkerView) -> str:
