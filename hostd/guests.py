@@ -215,6 +215,16 @@ class Guests:
                            "it has not run, or not lately")
         return TranslationsView(text=listing.text, complete=listing.complete)
 
+    def throttle(self, vm: Vm, percent: int | None) -> None:
+        """Hold the guest to `percent` of a CPU (1 to 100), or None: to what its definition says."""
+        vm.throttle = percent
+        self.tell_share(vm)
+
+    def tell_share(self, vm: Vm) -> None:
+        """Its weight, or its cap, is another."""
+        if vm.worker is not None:
+            vm.worker.send(protocol.SetShare(vm.lease, vm.definition.weight, vm.cap))
+
     def give_up_start(self, vm: Vm) -> None:
         """Cancel a start under way, or the wait for a restart."""
         if vm.starting is not None:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import trio
 
 from hostd import protocol
@@ -76,6 +77,7 @@ class Leases:
         self._releasing: dict[str, Reply[protocol.Released]] = {}
         self._listing: dict[str, Reply[protocol.Listing]] = {}
         self._reclaiming: dict[str, Reply[protocol.Reclaimed]] = {}
+        self._logging: dict[str, Reply[protocol.Dirty]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
         #: called when a worker begins to wait for frames
@@ -90,6 +92,7 @@ class Leases:
             protocol.NeedFrames: self._on_need_frames,
             protocol.Reported: self._on_reported,
             protocol.Reclaimed: self._on_reclaimed,
+            protocol.Dirty: self._on_dirty,
             protocol.BalloonView: self._on_balloon,
         }
 
@@ -111,8 +114,9 @@ class Leases:
         worker.send(protocol.Adopt(
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
-            weight=vm.definition.weight, cap=vm.definition.cap,
-            stores=books.stores.paths(books.stores_of(vm.block)), unchanged=unchanged))
+            weight=vm.definition.weight, cap=vm.cap,
+            stores=books.stores.paths(books.stores_of(vm.block)), unchanged=unchanged,
+            logging=vm.block.p2m.logging))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()
@@ -141,6 +145,19 @@ class Leases:
         reply = self._reclaiming[vm.lease] = Reply[protocol.Reclaimed]()
         vm.worker.send(protocol.Reclaim(vm.lease, what, pages, frames, slots))
         return await reply.wait()
+
+    async def dirty_log(self, vm: Vm, what: protocol.Logging) -> np.ndarray:
+        """Have the guest's worker start, collect or stop its dirty log; one at a time may.  The answer is the
+        pages written since it was started or last collected, ascending; none unless it is collected.  Raises
+        Conflict if the guest ends first, Failed if the worker does."""
+        assert vm.worker is not None and vm.block is not None and vm.lease not in self._logging
+        block = vm.block
+        reply = self._logging[vm.lease] = Reply[protocol.Dirty]()
+        vm.worker.send(protocol.DirtyLog(vm.lease, what))
+        answer = await reply.wait()
+        # Invariant: what the worker goes by; the next one will, too (Adopt.logging)
+        block.p2m.logging = what != "stop"
+        return np.frombuffer(answer.pages, dtype=np.int64)
 
     def _hand_back(self, vm: Vm) -> None:
         """The worker does not have the guest any more."""
@@ -177,8 +194,9 @@ class Leases:
         releasing = self._releasing.pop(vm.lease, None)
         listing = self._listing.pop(vm.lease, None)
         reclaiming = self._reclaiming.pop(vm.lease, None)
+        logging = self._logging.pop(vm.lease, None)
         self._hand_back(vm)
-        for reply in adopting, releasing, listing, reclaiming:
+        for reply in adopting, releasing, listing, reclaiming, logging:
             if reply is not None:
                 reply.fail(error)
 
@@ -256,12 +274,15 @@ class Leases:
     def _on_reclaimed(self, worker: Worker, message: protocol.Reclaimed) -> None:
         _expected(self._reclaiming, message).set(message)
 
+    def _on_dirty(self, worker: Worker, message: protocol.Dirty) -> None:
+        _expected(self._logging, message).set(message)
+
     def _on_balloon(self, worker: Worker, message: protocol.BalloonView) -> None:
         self._held[message.vm].balloon = message
 
 
 def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released | protocol.Listing
-              | protocol.Reclaimed) -> T:
+              | protocol.Reclaimed | protocol.Dirty) -> T:
     """What waits for this answer."""
     try:
         return replies.pop(message.vm)

@@ -25,6 +25,7 @@ MAX_CHUNK = 64 << 10
 
 Request = Literal["adopt", "release"]
 Reclaiming = Literal["freeze", "merge", "zeros", "store", "watch"]
+Logging = Literal["start", "collect", "stop"]
 #: how a guest can end by itself
 Ending = Literal["poweroff", "reset", "crashed", "exit"]
 
@@ -54,6 +55,8 @@ class Adopt(Message, frozen=True):
     stores: list[tuple[int, str]] = []
     #: this worker had the guest last, and nobody has written to its memory since
     unchanged: bool = False
+    #: its dirty log has been started, and goes on
+    logging: bool = False
 
 
 class Release(Message, frozen=True):
@@ -90,6 +93,14 @@ class Reclaim(Message, frozen=True):
     pages: bytes
     frames: bytes = b""
     slots: bytes = b""
+
+
+class DirtyLog(Message, frozen=True):
+    """Start, collect or stop the log of the pages of this guest that are written.  Answer: Dirty, or none if
+    the guest has ended."""
+
+    vm: str
+    what: Logging
 
 
 class SetBalloon(Message, frozen=True):
@@ -206,6 +217,14 @@ class Reclaimed(Message, frozen=True):
     frames: bytes
 
 
+class Dirty(Message, frozen=True):
+    """The pages that were written since the log was started or last collected, ascending (array of u64); none
+    unless it was to be collected."""
+
+    vm: str
+    pages: bytes
+
+
 class BalloonView(Message, frozen=True):
     """How the memory of this guest is doing, as its driver says: pages it has given back, and its statistics
     by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one."""
@@ -229,10 +248,10 @@ class Pong(Message, frozen=True):
     translator: TranslatorView = TranslatorView()
 
 
-ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | SetBalloon | CloseStore
-            | ListTranslations | Grant | Ping | Quit)
+ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon
+            | CloseStore | ListTranslations | Grant | Ping | Quit)
 ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Reported
-            | Reclaimed | BalloonView | Pong)
+            | Reclaimed | Dirty | BalloonView | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hostd.openslots import OpenSlots
-from hostd.protocol import Adopt, BalloonView, Listing, Reclaim, Reclaimed, Reported
+from hostd.protocol import Adopt, BalloonView, Dirty, Listing, Logging, Reclaim, Reclaimed, Reported
 from hostd.scheduler import Usage
 from hostd.translator import MAX_UNITS, Translator, excerpt
 from vmm.machine import VirtualMachine
@@ -43,6 +43,7 @@ class Resident:
         self._p2m = block.p2m
         self._slots = slots
         block.p2m.fetch = self._fetch
+        block.p2m.logging = adopt.logging
         self.machine.resume_clock()
         self._accounting = block.accounting
         # what it had before it came here; the run queue counts from zero
@@ -78,6 +79,12 @@ class Resident:
                                 for array in (request.pages, request.frames, request.slots))
         done, came = reclaiming.carry_out(request.what, self._p2m, pages, frames, slots)
         return Reclaimed(self.lease, done.astype(np.int64).tobytes(), came.astype(np.int64).tobytes())
+
+    def dirty_log(self, what: Logging) -> Dirty:
+        """Start, collect or stop the log of pages that are written."""
+        self.machine.leave_cpu()
+        pages = self._p2m.log(what)
+        return Dirty(self.lease, pages.tobytes())
 
     def set_balloon(self, pages: int) -> BalloonView:
         """Ask the guest for `pages` in all, and for its statistics; the answer is what it said before."""

@@ -74,7 +74,14 @@ class Vm:
         self.boots = 0
         self.crashes = 0
         self.exit_status: int | None = None
+        #: percent of a CPU it is held to for the time being, beside its definition's cap
+        self.throttle: int | None = None
         self._events = events
+
+    @property
+    def cap(self) -> int:
+        """Percent of a CPU it may have at most; 0: all of it."""
+        return min((cap for cap in (self.definition.cap, self.throttle) if cap), default=0)
 
     @property
     def name(self) -> str:

@@ -100,6 +100,7 @@ class WorkerLoop:
             protocol.SetShare: self._on_set_share,
             protocol.PowerButton: self._on_power_button,
             protocol.Reclaim: self._on_reclaim,
+            protocol.DirtyLog: self._on_dirty_log,
             protocol.SetBalloon: self._on_set_balloon,
             protocol.CloseStore: self._on_close_store,
             protocol.ListTranslations: self._on_list_translations,
@@ -257,6 +258,11 @@ class WorkerLoop:
         if message.what == "merge":
             self._translations.forget_shared(message.frames)
         self._send(guest.reclaim(message))
+
+    def _on_dirty_log(self, message: protocol.DirtyLog) -> None:
+        guest = self._guests.get(message.vm)
+        if guest is not None:
+            self._send(guest.dirty_log(message.what))
 
     def _on_set_balloon(self, message: protocol.SetBalloon) -> None:
         guest = self._guests.get(message.vm)

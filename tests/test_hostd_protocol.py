@@ -17,6 +17,7 @@ TO_WORKER = [
     protocol.Input("web#1", bytes(range(256))),
     protocol.SetShare("web#1", 1, 0),
     protocol.Reclaim("web#1", "merge", bytes(8), bytes(8)),
+    protocol.DirtyLog("web#1", "collect"),
     protocol.SetBalloon("web#1", 4096),
     protocol.CloseStore(3),
     protocol.PowerButton("web#1"),
@@ -37,6 +38,7 @@ TO_DAEMON = [
     protocol.NeedFrames(1024),
     protocol.Reported("web#1", [1, 2, 3], [9], []),
     protocol.Reclaimed("web#1", b"", bytes(8)),
+    protocol.Dirty("web#1", bytes(16)),
     protocol.BalloonView("web#1", True, 5, {"free": 7}),
     protocol.Pong(7, [0, 1], 5, TranslatorView(units=3, used_bytes=4096)),
 ]

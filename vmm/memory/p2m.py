@@ -272,6 +272,14 @@ class P2M:
         entries[list(self.traced)] &= ~np.uint64(WRITABLE)
         self.logging = False
 
+    def log(self, what: str) -> np.ndarray:
+        """One of the above by its name: start, collect, stop.  Pages are what `collect_log` answers, else
+        none."""
+        if what == "collect":
+            return self.collect_log()
+        {"start": self.start_log, "stop": self.stop_log}[what]()
+        return np.zeros(0, dtype=np.int64)
+
     def _entries(self) -> np.ndarray:
         return np.frombuffer(self.leaf, dtype=np.uint64)
 
