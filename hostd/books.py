@@ -203,10 +203,9 @@ class Books:
         charge.frames[pages] = frames
         block.leaf()[pages] = frames.astype(np.uint64) << np.uint64(PAGE_SHIFT) | np.uint64(SHARED_BITS)
 
-    def charged(self, block: VmBlock) -> np.ndarray:
-        """The shared frames that pages of the guest are charged with."""
-        frames = self._charges[block.first].frames
-        return frames[frames != 0]
+    def freeze(self, block: VmBlock, pages: np.ndarray) -> None:
+        """Private pages of a guest that no worker has become shared ones, with it as their only owner."""
+        self.frozen(block, *freeze(block.p2m, pages))
 
     def stores_of(self, block: VmBlock) -> list[int]:
         """Numbers of the stores in which pages of the guest are."""

@@ -22,9 +22,10 @@ from vmm import guests
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module that names `MONITORS` has its guests run under each of them."""
     monitors = getattr(metafunc.module, "MONITORS", ())
-    own = any("rig" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if monitors and "rig" in metafunc.fixturenames and not own:
-        metafunc.parametrize("rig", monitors, indirect=True)
+    for fixture, scope in ("rig", "function"), ("daemon", "module"):
+        own = any(fixture in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+        if monitors and fixture in metafunc.fixturenames and not own:
+            metafunc.parametrize(fixture, monitors, indirect=True, scope=scope)
 
 
 @pytest.fixture
@@ -62,9 +63,11 @@ def start_daemon(tmp_path: Path) -> Iterator[Callable[..., PrivateDaemon]]:
 
 
 @pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
-    """One real daemon for all tests of a module."""
-    with PrivateDaemon(tmp_path_factory.mktemp("daemon")) as daemon:
+def daemon(request: pytest.FixtureRequest,
+           tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
+    """One real daemon for all tests of a module; it takes the monitor named as parameter for all guests."""
+    config = f'[defaults]\nvmm = "{getattr(request, "param", "hw")}"\n'
+    with PrivateDaemon(tmp_path_factory.mktemp("daemon"), config=config) as daemon:
         yield daemon
 
 

@@ -18,7 +18,6 @@ from hostd.cli import main
 from hostd.config import parse
 from hostd.host import Host
 from hostd.metrics import reason_of
-from hostd.workers import Worker
 from tests.private_daemon import PrivateDaemon
 from tests.told_host import SOON, ToldHost
 from vmm import guests
@@ -30,10 +29,7 @@ def clean(request: pytest.FixtureRequest) -> Iterator[None]:
     """A shared daemon is left without VMs."""
     yield
     if "daemon" in request.fixturenames:
-        daemon = request.getfixturevalue("daemon")
-        for vm in daemon.get("/vms"):
-            operation = daemon.client.delete(f"/vms/{vm['name']}", params={"force": "true"}).json()
-            assert daemon.get(f"/operations/{operation['id']}", wait=SOON)["status"] == "done"
+        request.getfixturevalue("daemon").clear()
 
 
 def run(daemon: PrivateDaemon, kernel: str, append: str = "", name: str = "vm", **fields: object) -> None:
@@ -67,14 +63,6 @@ async def start(host: ToldHost, name: str, kernel: str, append: str = "") -> Non
     await host.create(name, kernel=await host.blob(guests.read(kernel)), append=append, vmm="bt",
                       memory=8 << 20)
     await host.host.start(name).outcome()
-
-
-async def news(worker: Worker) -> None:
-    """Wait until the worker has told what it counted by now."""
-    last = worker.pong.id
-    with trio.fail_after(SOON):
-        while worker.pong.id < last + 2:
-            await trio.sleep(0.05)
 
 
 # --- what is translated ----------------------------------------------------------------------------------
@@ -118,7 +106,7 @@ async def test_translators_count_and_clones_run_their_template_s_units(host: Tol
     other.kill()                                                # so that all guests share a translator
     await start(host, "template", "primes", "loop limit=500")
     await host.prints("template", "round 3")
-    await news(worker)
+    await host.host._workers.hear()
     before = worker.view(0).translator
     assert before.instructions > before.units > 0
     assert before.chained > 0 and before.pages > 0 and before.used_bytes > 0
@@ -126,7 +114,7 @@ async def test_translators_count_and_clones_run_their_template_s_units(host: Tol
     await host.clone("template", *names)
     for name in names:
         await host.prints(name, "round")
-    await news(worker)
+    await host.host._workers.hear()
     assert worker.view(0).translator.units < 2 * before.units
 
 
@@ -144,7 +132,7 @@ async def test_a_guest_moves_and_goes_on(host: ToldHost) -> None:
         said = len(host.host.console("vm").scrollback())
         with trio.fail_after(SOON):
             while host.host.console("vm").scrollback()[said:].count(b": 95 below 500") < 2:
-                await trio.sleep(0.01)
+                await vm.activity.wait()
 
 
 async def test_a_parked_guest_keeps_its_monitor(host: ToldHost) -> None:

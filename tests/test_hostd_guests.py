@@ -10,30 +10,17 @@ from collections.abc import Iterator
 
 import pytest
 
-from hostd.model import MONITORS
 from tests.private_daemon import PrivateDaemon
 from vmm import guests
 
-
-@pytest.fixture(scope="module", params=MONITORS)
-def daemon(request: pytest.FixtureRequest,
-           tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
-    """A daemon that takes this monitor for all guests."""
-    directory = tmp_path_factory.mktemp("daemon")
-    with PrivateDaemon(directory, config=f'[defaults]\nvmm = "{request.param}"\n') as daemon:
-        yield daemon
+MONITORS = ("hw", "bt")
 
 
 @pytest.fixture(autouse=True)
 def clean(daemon: PrivateDaemon) -> Iterator[None]:
     """Every test leaves the daemon as it found it: without VMs, and with all frames free again."""
     yield
-    for vm in daemon.get("/vms"):
-        operation = daemon.client.delete(f"/vms/{vm['name']}", params={"force": "true"}).json()
-        assert daemon.get(f"/operations/{operation['id']}", wait=30)["status"] == "done"
-    frames = daemon.get("/host")["frames"]
-    assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
-    assert frames["free"] + frames["granted"] + 1 == frames["total"]
+    daemon.clear()
 
 
 def run(daemon: PrivateDaemon, kernel: str, append: str = "", name: str = "vm", **fields: object) -> None:

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host with guests that do what they are told: lives, policies, dying workers, clones, bad requests."""
+"""The host with guests that do what they are told: lives, policies, waiting, the end of the host."""
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from hostd import workers
-from hostd.errors import Conflict, Failed, HostError, Invalid, NotFound, TimedOut
+from hostd.errors import Conflict, Failed, Invalid, NotFound, TimedOut
 from hostd.host import Host
-from hostd.model import MIN_MEMORY, ImageSpec, StopRequest, VmPatch
-from hostd.scheduler import LATENCY_BOUNDS_NS
-from tests.told_host import MEMORY, SOON, ToldHost
-
-
-def definitions(told: ToldHost) -> set[str]:
-    return {path.name for path in (told.host.config.state_dir / "vms").iterdir()}
-
+from hostd.model import StopRequest, VmPatch
+from tests.told_host import MEMORY, ToldHost
 
 # --- lives -----------------------------------------------------------------------------------------------
 
@@ -42,7 +33,7 @@ async def test_a_vm_from_definition_to_destruction(told: ToldHost) -> None:
         host.events.close()
         states = [event.data["state"] for event in [e async for e in events] if event.type == "vm.state"]
     assert states == ["starting", "running", "halted"]
-    assert host.views() == [] and definitions(told) == set()
+    assert host.views() == [] and told.definitions() == set()
 
 
 async def test_a_started_vm_has_memory_and_a_halted_one_has_none(told: ToldHost) -> None:
@@ -68,17 +59,6 @@ async def test_a_guest_keeps_its_state_over_a_pause(told: ToldHost) -> None:
     await told.host.resume("web").outcome()
     await told.tell("web", "state")
     await told.prints("web", "typed:hello state")
-
-
-async def test_a_paused_guest_survives_all_workers(told: ToldHost) -> None:
-    await told.running("web")
-    await told.tell("web", "hello")
-    await told.host.pause("web").outcome()
-    for pid in await told.ready_workers():
-        os.kill(pid, signal.SIGKILL)
-    await told.host.resume("web").outcome()
-    await told.tell("web", "state")
-    await told.prints("web", "typed:hello")
 
 
 async def test_stop_cuts_the_power_of_a_guest_that_does_not_listen(told: ToldHost) -> None:
@@ -161,77 +141,6 @@ async def test_memory_of_a_running_guest_is_what_it_may_use_and_of_a_halted_one_
     assert told.host.get("web").memory_usage.assigned == 2 * MEMORY
 
 
-@pytest.mark.parametrize(("patch", "sentence"), [
-    (VmPatch(reservation=MEMORY + 4096), r"the reservation of .* is more than the limit of 2 MiB"),
-    (VmPatch(limit=2 * MEMORY), "the limit of 4 MiB is not above 0 and at most the VM's memory of 2 MiB"),
-    (VmPatch(limit=MIN_MEMORY, reservation=MEMORY), "is more than the limit of 1 MiB"),
-    (VmPatch(reservation=1000), "reservation of 1000 bytes is not a whole number of 4 KiB pages"),
-    (VmPatch(memory=MEMORY + 1), "memory of 2097153 bytes is not a whole number of 4 KiB pages"),
-    (VmPatch(memory=64 << 20), "memory of 64 MiB is more than the host's pool of 64 MiB holds"),
-    (VmPatch(memory=MIN_MEMORY), r"the kernel needs memory .* and the machine has only 1 MiB"),
-])
-async def test_settings_that_cannot_be_change_nothing(told: ToldHost, patch: VmPatch, sentence: str) -> None:
-    await told.create("web")
-    before = told.host.get("web")
-    with pytest.raises(Invalid, match=sentence):
-        await told.host.update("web", patch)
-    assert told.host.get("web") == before
-
-
-async def test_the_host_promises_no_more_than_it_may(told: ToldHost) -> None:
-    """A pool of 64 MiB, of which VMs may have twice as much between them."""
-    await told.create("large", memory=60 << 20, reservation=50 << 20)
-    with pytest.raises(Conflict, match="VM other is not admitted: a reservation of 20 MiB with"):
-        await told.create("other", memory=60 << 20, reservation=20 << 20)
-    await told.create("other", memory=60 << 20)
-    with pytest.raises(Conflict, match="than the 128 MiB that an overcommit ratio of 2 allows"):
-        await told.create("third", memory=9 << 20)
-    await told.create("third", memory=2 << 20)
-    with pytest.raises(Conflict, match="VM third is not admitted"):
-        await told.host.update("third", VmPatch(memory=9 << 20))
-    with pytest.raises(Conflict, match="VM other is not admitted"):
-        await told.host.update("other", VmPatch(reservation=20 << 20))
-    await told.host.update("large", VmPatch(reservation=0))
-    await told.host.update("other", VmPatch(reservation=20 << 20))
-    assert definitions(told) == {"large.json", "other.json", "third.json"}
-
-
-async def test_what_is_in_the_making_counts(told: ToldHost) -> None:
-    """Of two requests at once that fit one at a time, one is refused."""
-    kernel = await told.blob()
-    outcomes: list[str] = []
-
-    async def attempt(name: str) -> None:
-        try:
-            await told.create(name, kernel=kernel, memory=40 << 20, reservation=40 << 20)
-            outcomes.append("made")
-        except Conflict:
-            outcomes.append("refused")
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(attempt, "one")
-        nursery.start_soon(attempt, "two")
-    assert sorted(outcomes) == ["made", "refused"]
-    assert len(definitions(told)) == 1
-
-
-async def test_a_lower_ratio_leaves_what_there_is(told: ToldHost) -> None:
-    await told.create("web", memory=60 << 20)
-    memory = msgspec.structs.replace(told.host.config.memory, overcommit_ratio=0.5)
-    told.host.reload(msgspec.structs.replace(told.host.config, memory=memory))
-    assert (await told.host.update("web", VmPatch(weight=7, memory=40 << 20))).memory == 40 << 20
-    with pytest.raises(Conflict, match=r"an overcommit ratio of 0\.5 allows"):
-        await told.create("other")
-
-
-async def test_clones_have_reservations_of_their_own(told: ToldHost) -> None:
-    await told.running("web", memory=20 << 20, reservation=16 << 20)
-    with pytest.raises(Conflict, match=r"VM four is not admitted: a reservation of 16 MiB"):
-        await told.clone("web", "two", "three", "four")
-    await told.clone("web", "two", "three")
-    assert told.host.get("three").reservation == 16 << 20
-
-
 async def test_machine_memory_adds_up_and_is_right(told: ToldHost) -> None:
     await told.running("web")
     await told.clone("web", "twin")
@@ -251,26 +160,6 @@ async def test_only_what_stays_wrong_is_wrong(told: ToldHost, monkeypatch: pytes
     assert (await told.host.checked_memory()).wrong == ["frame 2 is odd"]
     assert said == []
     monkeypatch.undo()
-
-
-async def test_a_worker_that_dies_does_not_hold_up_the_check(told: ToldHost,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    pids = await told.ready_workers()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    monkeypatch.setattr(told.host, "check_memory", lambda: ["frame 1 is odd"])
-    with trio.fail_after(SOON):
-        assert (await told.host.checked_memory()).wrong == ["frame 1 is odd"]
-    monkeypatch.undo()
-
-
-async def test_a_refused_guest_is_crashed_with_the_worker_s_reason(told: ToldHost) -> None:
-    await told.running("web")
-    await told.host.pause("web").outcome()
-    told.host._guests.vms["web"].parked = b"refuse"
-    with pytest.raises(Failed, match="it does not look well"):
-        await told.host.resume("web").outcome()
-    assert (told.host.get("web").state, told.host.get("web").reason) == ("crashed", "it does not look well")
 
 
 # --- ends, and what follows ------------------------------------------------------------------------------
@@ -305,7 +194,7 @@ async def test_policy_destroy(told: ToldHost, words: str, policy: str) -> None:
         await told.tell("web", words)
         while (await events.receive()).type != "vm.destroyed":
             pass
-    assert told.host.views() == [] and definitions(told) == set()
+    assert told.host.views() == [] and told.definitions() == set()
 
 
 async def test_a_guest_s_own_reset_is_a_new_boot(told: ToldHost) -> None:
@@ -335,217 +224,6 @@ async def test_a_user_s_stop_is_not_undone_by_a_policy(told: ToldHost) -> None:
     await told.stop("web")
     await trio.testing.wait_all_tasks_blocked(0.05)
     assert (told.host.get("web").state, told.host.get("web").boots) == ("halted", 1)
-
-
-# --- workers ---------------------------------------------------------------------------------------------
-
-
-async def test_a_dead_worker_takes_only_its_own_guests_and_is_replaced(told: ToldHost) -> None:
-    pids = await told.ready_workers()
-    for number in range(4):
-        await told.running(f"vm{number}")
-    homes = {view.name: view.worker for view in told.host.views()}
-    assert sorted(homes.values()) == [0, 0, 1, 1]
-    os.kill(pids[0], signal.SIGKILL)
-    for name, worker in homes.items():
-        if worker == 0:
-            view = await told.becomes(name, "crashed")
-            assert view.reason == "worker 0 died: killed by SIGKILL"
-    assert {view.state for view in told.host.views() if homes[view.name] == 1} == {"running"}
-    replaced = await told.ready_workers()
-    assert replaced[0] != pids[0] and replaced[1] == pids[1]
-    assert [worker.restarts for worker in told.host.workers()] == [1, 0]
-    assert told.host.check_memory() == []
-    await told.host.start("vm0").outcome()
-
-
-async def test_guests_of_a_dead_worker_are_restarted_by_policy(told: ToldHost) -> None:
-    await told.running("web", on_crash="restart")
-    await told.tell("web", "die")
-    await told.becomes("web", "crashed")
-    assert (await told.becomes("web", "running")).boots == 2
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are taken for dead after a second and a half."""
-    monkeypatch.setattr(workers, "HANG_S", 1.5)
-    monkeypatch.setattr(workers, "HEARTBEAT_S", 0.05)
-
-
-async def test_a_worker_that_hangs_is_replaced(impatient: None, told: ToldHost) -> None:
-    pids = await told.ready_workers()
-    await told.running("web", on_crash="restart")
-    os.kill(pids[told.host.get("web").worker or 0], signal.SIGSTOP)
-    await told.becomes("web", "crashed")
-    await told.becomes("web", "running")
-
-
-async def test_a_worker_that_breaks_the_protocol_is_replaced(told: ToldHost) -> None:
-    await told.running("web")
-    await told.tell("web", "nonsense")
-    await told.becomes("web", "crashed")
-    await told.ready_workers()
-
-
-async def test_whoever_waits_for_a_worker_that_dies_is_told(told: ToldHost) -> None:
-    pids = await told.ready_workers()
-    await told.running("web")
-    os.kill(pids[told.host.get("web").worker or 0], signal.SIGSTOP)
-    pause = told.host.pause("web")
-    await trio.testing.wait_all_tasks_blocked(0.01)
-    os.kill(pids[told.host.get("web").worker or 0], signal.SIGKILL)
-    with pytest.raises(Failed, match=r"VM web was lost: worker \d died: killed by SIGKILL"):
-        await pause.outcome()
-
-
-async def test_a_guest_moves_with_its_state(told: ToldHost) -> None:
-    await told.ready_workers()
-    await told.running("web")
-    await told.tell("web", "hello ")
-    vm = told.host._guests.vms["web"]
-    target = next(worker for worker in told.host._workers.ready if worker is not vm.worker)
-    await told.host._guests.move(vm, target)
-    assert told.host.get("web").worker == target.index
-    await told.tell("web", "state")
-    await told.prints("web", "typed:hello state")
-
-
-async def test_wake_up_latencies_are_added_up(told: ToldHost) -> None:
-    await told.ready_workers()
-    with trio.fail_after(20):
-        while told.host.latency() != ([2, 4] + [0] * (len(LATENCY_BOUNDS_NS) - 1), 6e-6):
-            await trio.sleep(0.05)
-
-
-# --- clones ----------------------------------------------------------------------------------------------
-
-
-async def test_clones_of_a_paused_vm_have_its_state_and_share_its_memory(told: ToldHost) -> None:
-    await told.ready_workers()
-    await told.running("template")
-    await told.tell("template", "hello ")
-    await told.host.pause("template").outcome()
-    await told.clone("template", "a", "b", "c")
-    assert told.host.get("template").state == "paused"
-    for name in "a", "b", "c":
-        view = told.host.get(name)
-        assert (view.state, view.template, view.boots) == ("running", "template", 1)
-        assert view.memory_usage.private == 0 and view.memory_usage.shared > 0
-        await told.tell(name, "state")
-        await told.prints(name, "typed:hello state")
-        assert b"hello \n" not in told.host.console(name).scrollback()
-    assert {told.host.get(name).worker for name in "abc"} == {0, 1}
-    assert definitions(told) == {"template.json", "a.json", "b.json", "c.json"}
-
-
-async def test_a_running_vm_goes_on_after_it_was_cloned(told: ToldHost) -> None:
-    await told.running("template")
-    await told.clone("template", "copy", start=False)
-    assert told.host.get("template").state == "running"
-    assert told.host.get("copy").state == "paused"
-    await told.host.resume("copy").outcome()
-    await told.tell("copy", "state")
-    await told.prints("copy", "typed:")
-
-
-async def test_a_vm_on_the_move_is_cloned_when_it_has_arrived(told: ToldHost) -> None:
-    await told.ready_workers()
-    await told.running("template")
-    vm = told.host._guests.vms["template"]
-    target = next(worker for worker in told.host._workers.ready if worker is not vm.worker)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(told.host._guests.move, vm, target)
-        while vm.state == "running":
-            await trio.lowlevel.checkpoint()
-        assert vm.state == "migrating"
-        await told.clone("template", "copy", start=False)
-    assert vm.state == "running"
-    assert told.host.get("copy").state == "paused"
-
-
-async def test_a_clone_starts_anew_from_its_template_s_kernel(told: ToldHost) -> None:
-    await told.running("template")
-    await told.clone("template", "copy")
-    await told.stop("copy")
-    await told.host.destroy("template", force=True).outcome()
-    await told.host.start("copy").outcome()
-    assert told.host.get("copy").memory_usage.shared == 0
-
-
-async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    await told.running("template")
-    before = told.host.frames()
-    real, left = told.host._memory.books.clone, [2]
-
-    def clone(block: Any) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise Failed("not enough machine memory: none")
-        return real(block)
-
-    monkeypatch.setattr(told.host._memory.books, "clone", clone)
-    with pytest.raises(Failed, match="not enough machine memory"):
-        await told.clone("template", "a", "b", "c")
-    assert [view.name for view in told.host.views()] == ["template"]
-    assert definitions(told) == {"template.json"}
-    assert told.host.frames().overhead == before.overhead
-    assert told.host.get("template").state == "running"
-    monkeypatch.undo()
-    await told.clone("template", "a")
-
-
-async def test_names_of_clones_are_checked(told: ToldHost) -> None:
-    await told.running("template")
-    await told.create("taken")
-    with pytest.raises(Conflict, match="VM taken exists already"):
-        await told.clone("template", "fresh", "taken")
-    with pytest.raises(Invalid, match="given twice"):
-        await told.clone("template", "fresh", "fresh")
-    with pytest.raises(Conflict, match="must be paused or running"):
-        await told.clone("taken", "fresh")
-
-
-# --- bad requests ----------------------------------------------------------------------------------------
-
-
-async def test_bad_definitions_leave_nothing(told: ToldHost) -> None:
-    await told.create("web")
-    kernel = await told.blob()
-    bad: list[tuple[dict[str, Any], type[HostError], str]] = [
-        ({"name": "web"}, Conflict, "VM web exists already"),
-        ({"kernel": None}, Invalid, "needs an image or a kernel"),
-        ({"kernel": kernel, "image": "debian"}, Invalid, "and not both"),
-        ({"image": "debian"}, NotFound, "no image debian"),
-        ({"image": "debian", "initrd": kernel}, Invalid, "an image has its own"),
-        ({"kernel": "0" * 64}, NotFound, "no blob 0000.* for the kernel: upload it first"),
-        ({"kernel": kernel, "initrd": "0" * 64}, NotFound, "for the initrd"),
-        ({"memory": 1 << 30}, Invalid, "memory of 1024 MiB is more than the host's pool of 64 MiB"),
-        ({"memory": (1 << 20) + 1}, Invalid, "not a whole number of 4 KiB pages"),
-        ({"kernel": kernel, "initrd": await told.blob(bytes(range(256)) * 8192)}, Invalid, "initrd"),
-    ]
-    for fields, kind, sentence in bad:
-        with pytest.raises(kind, match=sentence) as failure:
-            await told.create(**{"name": "new", **fields})
-        assert "\n" not in str(failure.value)
-    assert [view.name for view in told.host.views()] == ["web"]
-    assert definitions(told) == {"web.json"}
-
-
-async def test_a_kernel_that_is_none_is_not_kept(told: ToldHost) -> None:
-    with pytest.raises(Invalid, match="no kind known here"):
-        await told.create("web", kernel=await told.blob(b"not a kernel"))
-    assert list((told.host.config.state_dir / "blobs").iterdir()) == []
-
-
-async def test_an_image_in_use_stays(told: ToldHost) -> None:
-    await told.host.add_image(ImageSpec(name="idle", kernel=await told.blob()))
-    await told.running("web", image="idle")
-    with pytest.raises(Conflict, match="image idle is used by VM web"):
-        await told.host.remove_image("idle")
-    await told.host.destroy("web", force=True).outcome()
-    await told.host.remove_image("idle")
-    assert told.host.list_images() == []
 
 
 async def test_a_start_without_memory_leaves_a_defined_vm(

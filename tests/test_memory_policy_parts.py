@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from hostd.policy import Claim, Commitment, Settings, State, Tuning, WorkingSet, admit, entitlements, settle
 from hostd.policy.pressure import next_state
-from hostd.policy.victims import NEW, aged, coldest, histories
+from hostd.policy.victims import NEW, aged, coldest
 
 # -- entitlement
 
@@ -173,6 +174,14 @@ def test_pages_to_watch_are_the_guests_own() -> None:
 
 
 # -- victims
+
+def histories(scans: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The histories from accessed flags of shape (scans, pages), the oldest scan first."""
+    history = np.zeros(scans.shape[1], dtype=np.uint8)
+    for accessed in scans:
+        history = aged(history, accessed)
+    return history
+
 
 def test_the_coldest_pages_go_first() -> None:
     pages = np.array([10, 11, 12, 13], dtype=np.int64)

@@ -222,7 +222,8 @@ class Host(RuleBasedStateMachine):
         assert self.books.counts().granted == stock + limbo + len(held)
 
     def shared_by_guests(self) -> set[int]:
-        return {int(frame) for life in self.lives for frame in self.books.charged(life.block)}
+        charges = (self.books._charges[life.block.first].frames for life in self.lives)
+        return {int(frame) for frames in charges for frame in frames[frames != 0]}
 
 
 TestHost = Host.TestCase

@@ -10,32 +10,20 @@ from typing import Any
 
 import pytest
 
-from hostd.model import MONITORS
 from hostd.saved import SavedVm, encode_saved, saved_in
 from hostd.snapshot import Folder, Snapshot, SnapshotWriter
 from hostd.snapshot.layout import HEADER
 from tests.private_daemon import PrivateDaemon
 from vmm import guests
 
-
-@pytest.fixture(scope="module", params=MONITORS)
-def daemon(request: pytest.FixtureRequest,
-           tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
-    """A daemon that takes this monitor for all guests."""
-    directory = tmp_path_factory.mktemp("daemon")
-    with PrivateDaemon(directory, config=f'[defaults]\nvmm = "{request.param}"\n') as daemon:
-        yield daemon
+MONITORS = ("hw", "bt")
 
 
 @pytest.fixture(autouse=True)
 def clean(daemon: PrivateDaemon) -> Iterator[None]:
     """Every test leaves the daemon without VMs, with all frames free, and no file open that it opened."""
     yield
-    for vm in daemon.get("/vms"):
-        operation = daemon.client.delete(f"/vms/{vm['name']}", params={"force": "true"}).json()
-        assert daemon.get(f"/operations/{operation['id']}", wait=30)["status"] == "done"
-    frames = daemon.get("/host")["frames"]
-    assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
+    daemon.clear()
     assert daemon.get("/memory", check="true")["wrong"] == []
     targets = [str(link.readlink()) for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]
     assert not [target for target in targets if ".snap" in target]

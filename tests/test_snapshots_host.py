@@ -35,13 +35,11 @@ def count(daemon: PrivateDaemon, name: str, monitor: str = "hw", **fields: Any) 
 
 def settled(daemon: PrivateDaemon) -> dict[str, str]:
     """States of all VMs, once none is about to be resumed."""
-    deadline = time.monotonic() + SOON
-    while True:
-        states = {vm["name"]: vm["state"] for vm in daemon.get("/vms")}
-        if "starting" not in states.values():
-            return states
-        assert time.monotonic() < deadline, states
-        time.sleep(0.02)
+    with daemon.client.stream("GET", "/events") as events:
+        lines = events.iter_lines()
+        while "starting" in (states := {vm["name"]: vm["state"] for vm in daemon.get("/vms")}).values():
+            next(lines)
+    return states
 
 
 def balanced(daemon: PrivateDaemon) -> bool:

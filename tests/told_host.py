@@ -43,6 +43,10 @@ class ToldHost:
         await self.create(name, **fields)
         await self.host.start(name).outcome()
 
+    def definitions(self) -> set[str]:
+        """Names of the files in the inventory."""
+        return {path.name for path in (self.host.config.state_dir / "vms").iterdir()}
+
     async def tell(self, name: str, words: str) -> None:
         await self.host.send_input(name, words.encode())
 

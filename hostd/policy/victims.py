@@ -20,14 +20,6 @@ def aged(history: NDArray[np.uint8], accessed: NDArray[np.bool_]) -> NDArray[np.
     return (history >> np.uint8(1)) | np.where(accessed, np.uint8(NEW), np.uint8(0))
 
 
-def histories(scans: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """The histories from accessed flags of shape (scans, pages), the oldest scan first."""
-    history = np.zeros(scans.shape[1], dtype=np.uint8)
-    for accessed in scans:
-        history = aged(history, accessed)
-    return history
-
-
 def coldest(pages: NDArray[np.int64], history: NDArray[np.uint8], count: int) -> NDArray[np.int64]:
     """The `count` coldest of these guest-physical pages, or all if there are fewer; the coldest first.
 
