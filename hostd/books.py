@@ -26,6 +26,7 @@ from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import Extent, FrameAllocator, Magazine
 from vmm.memory.p2mbits import FRAME_MASK, SHARED_BITS, STORED
 from vmm.memory.pool import PAGE_SHIFT, Pool
+from vmm.memory.reclaim import freeze
 
 #: the borrower of frames that the daemon itself fills; workers come after it
 LOADER = 0

@@ -175,6 +175,8 @@ class Final(Message, frozen=True):
     paused: bool
     pages_left: Count = 0
     left: Bitmap = b""
+    #: those the guest has given back to its host (a bitmap, too)
+    ballooned: Bitmap = b""
 
 
 class Ready(About, frozen=True):
@@ -311,7 +313,7 @@ _BLOB = Struct("<32sQ")
 _SMALL = 4 << 10
 _LONGEST: dict[type, int] = {
     Offer: 256 << 10,
-    Final: MAX_STATE + MAX_LIFE + MAX_BITMAP + _SMALL,
+    Final: MAX_STATE + MAX_LIFE + 2 * MAX_BITMAP + _SMALL,
     Resumed: MAX_BITMAP + _SMALL,
     ConsoleData: CHUNK + _SMALL,
     ConsoleInput: CHUNK + _SMALL,

@@ -245,6 +245,11 @@ class FrameAllocator:
         """Which entries of a P2M leaf array share a frame."""
         return (leaf & np.uint64(KIND_MASK)) == _SHARED
 
+    @staticmethod
+    def is_private(leaf: np.ndarray) -> np.ndarray:
+        """Which entries of a P2M leaf array have a frame for themselves."""
+        return (leaf & np.uint64(KIND_MASK)) == _PRIVATE
+
     def retain(self, frames: np.ndarray) -> None:
         """Each of these frames, shared or about to be, has an owner more."""
         np.add.at(self._refs, frames, 1)
