@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from hostd.errors import ConfigError
 from hostd.lifecycle import Policy
+from hostd.migration.views import DEFAULT_DOWNTIME_MS, Connections, Milliseconds
 from hostd.model import (
     DEFAULT_CACHE,
     DEFAULT_MEMORY,
@@ -34,6 +35,8 @@ _SIZE = re.compile(r"(\d+)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 MIN_POOL = 16 << 20
 #: a translation cache below this turns over too soon; its jumps reach 2 GiB, but nothing gains from so much
 MIN_CACHE, MAX_CACHE = 1 << 20, 1 << 30
+#: a migration that is held to less than this would take hours
+MIN_BANDWIDTH = 64 << 10
 #: a slot of the swap file has 32 bits and counts 64 bytes (hostd/swapfile.py)
 MAX_SWAP = 64 << 32
 
@@ -123,6 +126,33 @@ class BtSection(Section, frozen=True):
     cache: Size = Size(DEFAULT_CACHE)
 
 
+class TlsSection(Section, frozen=True):
+    """Files in PEM; all of them or none."""
+
+    certificate: str = ""
+    key: str = ""
+    ca: str = ""
+
+
+class MigrationSection(Section, frozen=True):
+    #: host:port; empty: no guests come in
+    address: str = ""
+    #: without TLS, to and from other machines
+    allow_plain: bool = False
+    downtime_ms: Milliseconds = DEFAULT_DOWNTIME_MS
+    #: bytes a second that go out, for all migrations together; 0: no limit
+    bandwidth: Size = Size(0)
+    connections: Connections = 1
+    #: guests that come in at a time
+    max_incoming: Annotated[int, Meta(ge=1, le=256)] = 8
+    post_copy: bool = True
+    tls: TlsSection = TlsSection()
+
+    def bind(self) -> tuple[str, int] | None:
+        """(host, port) of the listener."""
+        return _host_port(self.address)
+
+
 class LogSection(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["text", "json"] = "text"
@@ -137,6 +167,7 @@ class Config(Section, frozen=True):
     sharing: SharingSection = SharingSection()
     defaults: DefaultsSection = DefaultsSection()
     bt: BtSection = BtSection()
+    migration: MigrationSection = MigrationSection()
     log: LogSection = LogSection()
 
     @property
@@ -165,10 +196,20 @@ class Config(Section, frozen=True):
 
     def metrics_bind(self) -> tuple[str, int] | None:
         """(host, port) of the metrics listener."""
-        if not self.metrics.address:
-            return None
-        host, _, port = self.metrics.address.rpartition(":")
-        return host.strip("[]"), int(port)
+        return _host_port(self.metrics.address)
+
+
+def _host_port(address: str) -> tuple[str, int] | None:
+    """What a listener binds to; None: there is none."""
+    if not address:
+        return None
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _is_host_port(address: str) -> bool:
+    port = address.rpartition(":")[2]
+    return ":" in address and port.isdecimal() and int(port) < 65536
 
 
 def _systemd_dir(variable: str) -> str:
@@ -234,7 +275,22 @@ def _check(config: Config) -> None:
     # sun_path of unix(7) holds 107 bytes and a NUL
     if len(os.fsencode(config.socket)) > 107:
         raise ConfigError(f"api.socket: a Unix socket's path has at most 107 bytes, got {config.socket}")
-    address = config.metrics.address
-    port = address.rpartition(":")[2]
-    if address and not (":" in address and port.isdecimal() and int(port) < 65536):
-        raise ConfigError(f'metrics.address: expected "host:port", got {address!r}')
+    for name in "metrics", "migration":
+        address = getattr(config, name).address
+        if address and not _is_host_port(address):
+            raise ConfigError(f'{name}.address: expected "host:port", got {address!r}')
+    if config.migration != MigrationSection():
+        _check_migration(config.migration)
+
+
+def _check_migration(migration: MigrationSection) -> None:
+    # who does not migrate need not wait for OpenSSL
+    from hostd.migration import security
+
+    if 0 < migration.bandwidth.bytes < MIN_BANDWIDTH:
+        raise ConfigError(f'migration.bandwidth: at least "{MIN_BANDWIDTH >> 10}K" is needed; 0 is no limit')
+    bind = migration.bind()
+    encrypted = security.load(migration.tls) is not None
+    if bind is not None and not (encrypted or migration.allow_plain or security.is_loopback(bind[0])):
+        raise ConfigError(f"migration.address: without [migration.tls] it must be a loopback address, got "
+                          f"{bind[0]!r}; allow_plain = true lets guests come in unencrypted, from anybody")

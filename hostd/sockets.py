@@ -44,8 +44,8 @@ def unix_listener(path: Path, mode: int, group: str = "") -> socket.socket:
     return listener
 
 
-def tcp_listener(host: str, port: int) -> socket.socket:
-    """A listening socket at host:port.  Raises Failed."""
+def tcp_listener(host: str, port: int, use: str = "metrics") -> socket.socket:
+    """A listening socket at host:port; `use` is what a failure says it was for.  Raises Failed."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -58,7 +58,7 @@ def tcp_listener(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        raise Failed(f"cannot listen on {host}:{port} for metrics: {error.strerror}") from None
+        raise Failed(f"cannot listen on {host}:{port} for {use}: {error.strerror}") from None
     return listener
 
 
