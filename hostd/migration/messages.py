@@ -167,7 +167,8 @@ class Final(Message, frozen=True):
     """S: the guest has stopped; this is all of it beside its memory.  Answer: Ready, or Aborted.
 
     `state` is a machine state (vmm/state.py), `life` a hostd.saved.SavedVm.  With post-copy `pages_left` are
-    those that come later, and `left` says which (hostd.migration.pages.pack_bitmap).
+    those that come later, and `left` says which; `ballooned` are those the guest has given back
+    (hostd.migration.pages.pack_bitmap).
     """
 
     state: Annotated[bytes, Meta(min_length=1, max_length=MAX_STATE)]
