@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import termios
@@ -25,6 +26,8 @@ LEAVE = b"\x1d"
 COME_BACK = 1012
 #: a migrating VM is away for less than a second; after this it will not return
 _PATIENCE = 30.0
+#: seconds between two attempts
+_PAUSE = 0.2
 
 
 class Attachment:
@@ -35,68 +38,72 @@ class Attachment:
         self._name = name
         #: bytes of the console seen so far, counted as the daemon does; None before the first connection
         self._position: int | None = None
+        #: until then what fails is tried again: the VM is on its way
+        self._deadline = -math.inf
+        #: keys that were typed and did not get away before a connection ended
+        self._unsent = b""
 
     async def run(self) -> str:
         """Stay attached until the user leaves or the console ends; says which."""
         with raw_terminal():
             while True:
-                farewell = await self._visit()
-                if farewell is not None:
+                try:
+                    farewell, come_back = await self._visit()
+                except CtlError:
+                    if trio.current_time() >= self._deadline:
+                        raise
+                    await trio.sleep(_PAUSE)
+                    continue
+                if not come_back:
                     return farewell
-                say(f"{self._name} is migrating, reconnecting")
+                say(f"{farewell}, reconnecting")
+                self._deadline = trio.current_time() + _PATIENCE
 
-    async def _visit(self) -> str | None:
-        """One connection, from its opening to its end; None when the daemon asks to come back."""
-        farewell: str | None = f"left {self._name}"
+    async def _visit(self) -> tuple[str, bool]:
+        """One connection, from its opening to its end; why it ended, and whether to come back."""
+        farewell, come_back = f"left {self._name}", False
         failure: Exception | None = None
         showing = trio.CancelScope()
 
         async def show(websocket: WebSocketConnection) -> None:
-            nonlocal farewell
+            nonlocal farewell, come_back
             with showing:
-                farewell = await self._show(websocket)
+                farewell, come_back = await self._show(websocket)
                 nursery.cancel_scope.cancel()
 
         try:
             async with trio.open_nursery() as nursery:
-                websocket = await self._connect(nursery)
+                websocket = await self._open(nursery)
                 nursery.start_soon(show, websocket)
                 await self._type(websocket)
                 showing.cancel()
                 await websocket.aclose()
+        except* ConnectionRejected as failures:
+            failure = _refusal(failures)
         except* CtlError as failures:
             failure = failures.exceptions[0]
         if failure is not None:
             raise failure
-        return farewell
-
-    async def _connect(self, nursery: trio.Nursery) -> WebSocketConnection:
-        """Open the WebSocket; after a first connection, keep trying while the VM is on its way."""
-        deadline = trio.current_time() + (_PATIENCE if self._position is not None else 0.0)
-        while True:
-            try:
-                return await self._open(nursery)
-            except CtlError:
-                if trio.current_time() >= deadline:
-                    raise
-                await trio.sleep(0.2)
+        return farewell, come_back
 
     async def _open(self, nursery: trio.Nursery) -> WebSocketConnection:
+        """Open the WebSocket.  A refusal is raised in the nursery, by the task that reads from it."""
         resource = vm_path(self._name, "console")
         if self._position is not None:
             resource += f"?since={self._position}"
         try:
             stream = await trio.open_unix_socket(str(self._socket))
             websocket = await open_websocket(nursery, stream, "hostd", resource)
-        except ConnectionRejected as error:
-            raise CtlError.of_status(error.status_code, _sentence(error)) from None
         except (OSError, HandshakeError) as error:
             raise CtlError(f"cannot reach hostd at {self._socket}: {error}") from None
+        if self._position is None and sys.stdin.isatty():
+            say(f"connected to {self._name}; Ctrl-] leaves")
+        self._deadline = -math.inf
         headers = {name.lower(): value for name, value in websocket.handshake_headers}
         self._position = int(headers.get(b"console-position", b"0"))
         return websocket
 
-    async def _show(self, websocket: WebSocketConnection) -> str | None:
+    async def _show(self, websocket: WebSocketConnection) -> tuple[str, bool]:
         """Guest to terminal, until the connection ends."""
         try:
             while True:
@@ -108,19 +115,25 @@ class Attachment:
             reason = closed.reason
             if reason is None or not reason.reason:  # whoever closes on purpose says why
                 raise CtlError("the daemon broke off") from None
-            return None if reason.code == COME_BACK else str(reason.reason)
+            return str(reason.reason), reason.code == COME_BACK
 
     async def _type(self, websocket: WebSocketConnection) -> None:
         """Terminal to guest, until the user leaves or the input ends."""
+        await self._send_unsent(websocket)
         async for keys in keystrokes():
             before, leave, _ = keys.partition(LEAVE)
-            try:
-                if before:
-                    await websocket.send_message(before)
-            except ConnectionClosed:
-                await trio.sleep_forever()  # `_show` has the reason, and ends this
+            self._unsent = before
+            await self._send_unsent(websocket)
             if leave:
                 return
+
+    async def _send_unsent(self, websocket: WebSocketConnection) -> None:
+        try:
+            if self._unsent:
+                await websocket.send_message(self._unsent)
+                self._unsent = b""
+        except ConnectionClosed:
+            await trio.sleep_forever()  # `_show` has the reason, and ends this
 
 
 async def keystrokes() -> AsyncIterator[bytes]:
@@ -166,8 +179,11 @@ def raw_terminal() -> Iterator[None]:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
-def _sentence(error: ConnectionRejected) -> str:
+def _refusal(failures: BaseExceptionGroup[ConnectionRejected]) -> CtlError:
+    error = failures.exceptions[0]
+    assert isinstance(error, ConnectionRejected)
     try:
-        return msgspec.json.decode(error.body or b"", type=dict[str, str])["error"]
+        sentence = msgspec.json.decode(error.body or b"", type=dict[str, str])["error"]
     except (msgspec.DecodeError, KeyError):
-        return f"the daemon answered {error.status_code}"
+        sentence = f"the daemon answered {error.status_code}"
+    return CtlError.of_status(error.status_code, sentence)

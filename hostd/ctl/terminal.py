@@ -18,10 +18,7 @@ from hostd.lifecycle import State
 @one_name
 @pass_session
 def console_command(session: Session, name: str) -> None:
-    """Attach this terminal to the console of a VM; Ctrl-] leaves."""
-    session.client.vm(name)
-    if sys.stdin.isatty():
-        click.echo(f"Connected to {name}; Ctrl-] leaves.", err=True)
+    """Attach this terminal to the console of a VM, also of one that went to another host; Ctrl-] leaves."""
     farewell = trio.run(Attachment(session.socket, name).run)
     if sys.stdin.isatty():
         click.echo(f"\r\n{farewell}", err=True)
