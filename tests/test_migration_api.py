@@ -32,8 +32,9 @@ async def test_a_vm_leaves_and_the_operation_tells_what_it_came_to() -> None:
 async def test_all_that_can_be_asked_arrives() -> None:
     async with serving() as api:
         await running(api, "web")
-        wish: dict[str, Any] = {"to": "[::1]:9000", "mode": "postcopy", "downtime_ms": 20.0, "bandwidth": 1 << 20,
-                "timeout": 60.0, "connections": 4, "vmm": "bt", "dry_run": True}
+        wish: dict[str, Any] = {"to": "[::1]:9000", "mode": "postcopy", "downtime_ms": 20.0,
+                                "bandwidth": 1 << 20, "timeout": 60.0, "connections": 4, "vmm": "bt",
+                                "dry_run": True}
         await api.done("POST", "/vms/web/migrate", wish)
         await api.done("POST", "/evacuate", {"to": "b", "parallel": 8, "bandwidth": 1 << 20})
         assert api.host.migrations.requests == [
