@@ -39,5 +39,6 @@ def _bye(_token: str, reason: str) -> Bye:
 #: "committing" is here since a target that has not written its record may say no to Commit
 _FAREWELLS: Mapping[State, Callable[[str, str], Said]] = {
     "welcome": _refuse, "offered": _refuse, "joining": _refuse, "resuming": _refuse,
-    "copying": Aborted, "round over": Aborted, "final": Aborted, "ready": Aborted, "committing": Aborted,
+    "copying": Aborted, "round over": Aborted, "round done": Aborted, "final": Aborted, "ready": Aborted,
+    "committing": Aborted,
     "attach": _bye, "attached": _bye}

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 End = Literal["source", "target"]
 State = Literal[
     "preamble", "hello", "welcome",
-    "offer", "offered", "copying", "round over", "final", "ready", "committing", "fetching", "moved",
+    "offer", "offered", "copying", "round over", "round done", "final", "ready", "committing", "fetching",
+    "moved",
     "join", "joining", "streaming", "stream over", "resume", "resuming", "resolve", "resolving", "resolved",
     "attach", "attached", "over"]
 
@@ -90,8 +91,10 @@ ORDER: Mapping[State, Mapping[type, State | Callable[[Facts], State]]] = {
     "copying": {Pages: "copying", Digests: "copying", Missing: "copying", BlobPiece: "copying",
                 RoundEnd: "round over", Cancel: "over", Aborted: "over"},
     # nothing of the next round before this one is installed everywhere: connections overtake each other
-    "round over": {RoundDone: "copying", Final: "final", Cancel: "over", Aborted: "over"},
-    # Final need not wait for RoundDone: the guest stands still by now
+    "round over": {RoundDone: "round done", Final: "final", Cancel: "over", Aborted: "over"},
+    "round done": {Pages: "copying", Digests: "copying", BlobPiece: "round done", RoundEnd: "round over",
+                   Final: "final", Cancel: "over", Aborted: "over"},
+    # Final need not wait for RoundDone, since the guest stands still by then: the two may cross
     "final": {RoundDone: "final", Ready: "ready", Cancel: "over", Aborted: "over"},
     "ready": {Commit: "committing", Cancel: "over", Aborted: "over"},
     # Invariant: no Cancel from here on; only the target says whose the guest is

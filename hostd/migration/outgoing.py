@@ -35,5 +35,5 @@ class Outgoing(Session):
 
 
 _FAREWELLS: Mapping[State, Callable[[str], Said]] = {
-    "offer": Cancel, "offered": Cancel, "copying": Cancel, "round over": Cancel, "final": Cancel,
-    "ready": Cancel, "attach": Bye, "attached": Bye}
+    "offer": Cancel, "offered": Cancel, "copying": Cancel, "round over": Cancel, "round done": Cancel,
+    "final": Cancel, "ready": Cancel, "attach": Bye, "attached": Bye}

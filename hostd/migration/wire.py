@@ -102,8 +102,7 @@ class Splitter:
         kind = _KINDS.get(number)
         limit = None if kind is None else limits.get(kind)
         if kind is None or limit is None:
-            raise ProtocolError(f"a frame of kind {number} came, where one of "
-                                f"{', '.join(map(str, sorted(limits))) or 'none'} was due")
+            raise ProtocolError(f"a frame of kind {number} came, which was not due")
         if length > limit:
             raise ProtocolError(f"a frame of {length} bytes came, where at most {limit} are allowed")
         end = HEADER.size + length
