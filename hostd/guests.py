@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 #: workers a guest is offered to, one after the other, as long as they die before they have it
 HAND_OVERS = 3
 
+#: bytes that can be typed at a guest while it stands still on its way to another host
+MAX_TYPED = 2048
+
 Step = Callable[[str, float], None]
 
 
@@ -63,11 +66,15 @@ class Guests:
         self._events = events
 
     @asynccontextmanager
-    async def changing(self, vm: Vm) -> AsyncIterator[None]:
-        """Hold the VM's lock.  Raises NotFound if it was destroyed while waiting for it."""
+    async def changing(self, vm: Vm, patient: bool = False) -> AsyncIterator[None]:
+        """Hold the VM's lock.  Raises NotFound if it was destroyed while waiting for it, Conflict while it is
+        on its way to another host; `patient`: the end of that is waited for."""
+        if not patient:
+            vm.check_home()
         async with vm.lock:
             if vm.destroyed:
                 raise NotFound(f"VM {vm.name} was destroyed")
+            vm.check_home()
             yield
 
     # --- what users and policies do ---------------------------------------------------------------
@@ -93,9 +100,10 @@ class Guests:
     async def copy_memory(self, vm: Vm) -> Copy:
         """The guest as it is at this moment; a running one stands still for that.  The caller holds its lock
         and gets a block that is no VM's, to be freed.  Raises Conflict for one that is neither running nor
-        paused."""
+        paused, or whose memory is not all here."""
         if vm.state not in (State.RUNNING, State.PAUSED):
             raise Conflict(f"VM {vm.name} is {vm.state}: it must be paused or running")
+        vm.check_whole()
         worker = vm.worker
         parked = await self.park(vm) if vm.state is State.RUNNING else None
         assert vm.block is not None
@@ -153,6 +161,28 @@ class Guests:
                     await self._cut(vm)
         finally:
             vm.stopping = False
+
+    async def type(self, vm: Vm, data: bytes) -> None:
+        """Type at the guest's console.  While it stands still on its way to another host what is typed is
+        kept, and goes with it.  Raises Conflict if nothing reads its console."""
+        if vm.state not in (State.RUNNING, State.MIGRATING):
+            raise Conflict(f"VM {vm.name} is {vm.state}: nothing reads its console")
+        if not vm.away:
+            # the lock waits for a move or a clone to end: what is typed meanwhile would be lost
+            async with self.changing(vm):
+                await self._type(vm, data)
+        elif vm.state is State.RUNNING:
+            await self._type(vm, data)
+        elif len(vm.typed) + len(data) <= MAX_TYPED:
+            vm.typed += data
+        else:
+            raise Conflict(vm.away)
+
+    async def _type(self, vm: Vm, data: bytes) -> None:
+        if vm.worker is not None:
+            await vm.worker.room()
+        if vm.worker is not None:
+            vm.worker.send(protocol.Input(vm.lease, data))
 
     async def reset(self, vm: Vm, step: Step) -> None:
         async with self.changing(vm):
@@ -259,6 +289,19 @@ class Guests:
         vm.console.close()
         vm.activity.notify()
 
+    async def crash(self, vm: Vm, why: str) -> None:
+        """The guest cannot go on, for a reason that is not its own."""
+        async with self.changing(vm, patient=True):
+            if vm.worker is not None:
+                await self.leases.release(vm)
+            if vm.state in RESIDENT:
+                self._end(vm, Trigger.CRASH, why)
+
+    def depart(self, vm: Vm) -> None:
+        """The guest lives at another host; its definition has been removed.  The caller holds its lock."""
+        self._free(vm)
+        self.forget(vm)
+
     # --- lives ------------------------------------------------------------------------------------
 
     async def _boot(self, vm: Vm, step: Step) -> None:
@@ -332,7 +375,7 @@ class Guests:
         if vm.starting is wait:
             vm.starting = None
         try:
-            async with self.changing(vm):
+            async with self.changing(vm, patient=True):
                 if (vm.state, vm.boots) != (state, life):
                     return
                 if wait.cancelled_caught:
@@ -357,7 +400,7 @@ class Guests:
 
     def _free(self, vm: Vm) -> None:
         """Give the guest's memory back, keeping its counters."""
-        vm.parked = b""
+        vm.parked, vm.fetching = b"", None
         if vm.block is None:
             return
         block, vm.block = vm.block, None

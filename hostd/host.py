@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from hostd import __version__, waiting
+from hostd import __version__, sockets, waiting
 from hostd.admission import Admission
 from hostd.claims import changed, grows
 from hostd.cloning import Cloner
@@ -34,6 +34,7 @@ from hostd.inventory import Inventory
 from hostd.lifecycle import AT_REST, State, Trigger
 from hostd.memory import MachineMemory
 from hostd.memory_state import HostMemoryState
+from hostd.migration.departures import Departures
 from hostd.model import (
     BlobView,
     CloneRequest,
@@ -56,11 +57,12 @@ from hostd.model import (
 )
 from hostd.operations import Operation, Operations
 from hostd.powering import Powering
-from hostd.protocol import MAX_CHUNK, Input, SetShare
+from hostd.protocol import MAX_CHUNK, SetShare
 from hostd.vm import Vm
 from hostd.workers import WORKER_COMMAND, Workers
 
 if TYPE_CHECKING:
+    from hostd.migration.service import Migrations
     from hostd.restoring import Restorer
     from hostd.saving import Saver
 
@@ -97,6 +99,9 @@ class Host:
         self.memory_state = HostMemoryState()
         self._images = ImageKeeper(images, self._guests)
         self._admission = Admission(self.config_now, self._guests, self._memory)
+        self._departures = Departures()
+        bind = config.migration.bind()
+        self._listener = None if bind is None else sockets.tcp_listener(*bind, use="migration")
         self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
@@ -112,12 +117,20 @@ class Host:
             nursery.start_soon(self._balance)
             nursery.start_soon(self._images.collect)
             nursery.start_soon(self._keep_memory)
-            nursery.start_soon(self._powering.come_up)
+            nursery.start_soon(self._come_up, nursery)
             await self._workers.run()
             nursery.cancel_scope.cancel()
 
+    async def _come_up(self, nursery: trio.Nursery) -> None:
+        """Find out which guests an earlier daemon gave away, and have those run that are to run."""
+        await trio.to_thread.run_sync(import_module, "hostd.migration.service")
+        nursery.start_soon(self.migrations.run)
+        await self._powering.come_up()
+
     async def shut_down(self) -> None:
         """Stop or suspend all guests as the configuration says, then stop all workers."""
+        self._guests.closing = True
+        await self.migrations.go_down()
         await self._powering.go_down()
         self._workers.quit()
         self.events.close()
@@ -351,17 +364,24 @@ class Host:
 
         return Restorer(self._guests, self._memory, self._inventory, self.events, self.config.state_dir)
 
+    @cached_property
+    def migrations(self) -> Migrations:
+        """Of guests from and to other hosts."""
+        from hostd.migration.here import Here
+        from hostd.migration.relay import serve_console
+        from hostd.migration.service import Migrations
+
+        here = Here(self._guests, self._memory, self._inventory, self._images.images, self._admission,
+                    self.config.state_dir, self._departures, self.events, self.config_now,
+                    lambda: self._workers.tsc_khz)
+        return Migrations(here, self.operations, self._listener, lambda talk: serve_console(talk, self),
+                          lambda vm: self.start(vm.name))
+
     async def send_input(self, name: str, data: bytes) -> None:
         """Type at the guest's console."""
         vm = self._vm(name)
         for start in range(0, len(data), MAX_CHUNK):
-            if vm.state not in (State.RUNNING, State.MIGRATING):
-                raise Conflict(f"VM {name} is {vm.state}: nothing reads its console")
-            # the lock waits for a move or a clone to end: what is typed meanwhile would be lost
-            async with self._guests.changing(vm):
-                if vm.worker is not None:
-                    await vm.worker.room()
-                    vm.worker.send(Input(vm.lease, data[start:start + MAX_CHUNK]))
+            await self._guests.type(vm, data[start:start + MAX_CHUNK])
 
     # --- images ---------------------------------------------------------------------------------------
 
@@ -383,7 +403,9 @@ class Host:
         try:
             return self._guests.vms[name]
         except KeyError:
-            raise NotFound(f"no VM {name[:64]}") from None
+            gone = self._departures.get(name)
+            where = f": it went to {gone.peer}" if gone is not None else ""
+            raise NotFound(f"no VM {name[:64]}{where}") from None
 
     def _begin(self, kind: str, vm: Vm, work: Callable[[Operation], Awaitable[Any]]) -> Operation:
         self._admission.check_open()

@@ -25,7 +25,7 @@ class ImageKeeper:
     """The disk is touched in threads; what needs all images as they are holds the lock."""
 
     def __init__(self, images: Images, guests: Guests) -> None:
-        self._images = images
+        self.images = images
         self._guests = guests
         self._lock = trio.Lock()
 
@@ -34,7 +34,7 @@ class ImageKeeper:
         while True:
             try:
                 async with self._lock:
-                    await trio.to_thread.run_sync(self._images.collect, self._blobs_in_use())
+                    await trio.to_thread.run_sync(self.images.collect, self._blobs_in_use())
             except HostError as error:
                 log.warning("blobs not collected", extra={"why": str(error)})
             await trio.sleep(COLLECT_INTERVAL_S)
@@ -42,37 +42,37 @@ class ImageKeeper:
     async def add_blob(self, chunks: AsyncIterable[bytes], limit: int) -> BlobView:
         """Keep an upload of at most `limit` bytes.  Raises TooLarge, Invalid for an empty one, Failed for a
         full disk."""
-        with self._images.upload(limit) as upload:
+        with self.images.upload(limit) as upload:
             async for chunk in chunks:
                 await trio.to_thread.run_sync(upload.write, chunk)
             return await trio.to_thread.run_sync(upload.commit)
 
     def list(self) -> list[ImageView]:
-        return self._images.list()
+        return self.images.list()
 
     async def add(self, spec: ImageSpec) -> ImageView:
         async with self._lock:
             with self._discarding(spec.kernel):
-                return await trio.to_thread.run_sync(self._images.add, spec)
+                return await trio.to_thread.run_sync(self.images.add, spec)
 
     async def remove(self, name: str) -> None:
         """Raises NotFound, Conflict for an image that a VM uses."""
-        self._images.get(name)
+        self.images.get(name)
         users = [vm.name for vm in self._guests.vms.values() if vm.definition.image == name]
         if users:
             raise Conflict(f"image {name} is used by VM {users[0]}" +
                            (f" and {len(users) - 1} more" if len(users) > 1 else ""))
         async with self._lock:
-            await trio.to_thread.run_sync(self._images.remove, name)
+            await trio.to_thread.run_sync(self.images.remove, name)
 
     async def check_bootable(self, definition: Definition) -> None:
         """Raise what a start would raise, before the definition is written."""
         if definition.kernel is not None:
-            self._images.check_blob(definition.kernel, "kernel")
+            self.images.check_blob(definition.kernel, "kernel")
         if definition.initrd is not None:
-            self._images.check_blob(definition.initrd, "initrd")
+            self.images.check_blob(definition.initrd, "initrd")
         with self._discarding(definition.kernel):
-            files = await trio.to_thread.run_sync(self._images.boot_files, definition)
+            files = await trio.to_thread.run_sync(self.images.boot_files, definition)
         await trio.to_thread.run_sync(lay_out, files, definition.memory)
 
     @contextmanager
@@ -82,7 +82,7 @@ class ImageKeeper:
             yield
         except NotAKernel:
             if kernel is not None and kernel not in self._blobs_in_use():
-                self._images.discard(kernel)
+                self.images.discard(kernel)
             raise
 
     def _blobs_in_use(self) -> set[str]:

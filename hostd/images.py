@@ -108,6 +108,19 @@ class Images:
         except OSError:
             raise NotFound(f"no blob {sha256} for the {what}: upload it first") from None
 
+    def has_blob(self, sha256: str) -> bool:
+        """Whether the blob is here; renews its hour of grace."""
+        try:
+            self.check_blob(sha256, "VM")
+        except NotFound:
+            return False
+        return True
+
+    def blob_size(self, sha256: str) -> int:
+        """Bytes of a blob.  Raises NotFound."""
+        self.check_blob(sha256, "VM")
+        return (self._blobs / sha256).stat().st_size
+
     def read_blob(self, sha256: str) -> bytes:
         return _read(self._blobs / sha256)
 

@@ -22,7 +22,7 @@ class State(StrEnum):
     HALTED = "halted"
     #: it broke its machine, or its worker died; owns no memory
     CRASHED = "crashed"
-    #: on its way from one worker to another
+    #: on its way from one worker to another, or to another host
     MIGRATING = "migrating"
 
 
@@ -68,6 +68,7 @@ TRANSITIONS: dict[tuple[State, Trigger], State] = {
     (_S.RUNNING, _T.RESET): _S.STARTING,
 
     (_S.PAUSED, _T.RESUME): _S.RUNNING,
+    (_S.PAUSED, _T.MOVE): _S.MIGRATING,
     (_S.PAUSED, _T.POWER_OFF): _S.HALTED,
     (_S.PAUSED, _T.RESET): _S.STARTING,
     (_S.PAUSED, _T.CRASH): _S.CRASHED,

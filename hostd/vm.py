@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -10,6 +11,7 @@ import trio
 from hostd import lifecycle
 from hostd.console import Console
 from hostd.definition import Definition
+from hostd.errors import Conflict
 from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
@@ -70,10 +72,16 @@ class Vm:
         #: a user is ending this life: the policies do not apply
         self.stopping = False
         self.destroyed = False
+        #: why nobody may change it, in a sentence: it is on its way to another host, or may be there
+        self.away = ""
+        #: what was typed since it stands still for that
+        self.typed = b""
         self.born = 0.0
         self.boots = 0
         self.crashes = 0
         self.exit_status: int | None = None
+        #: while pages of it are at another host: told which of them the guest waits for
+        self.fetching: Callable[[list[int]], None] | None = None
         #: percent of a CPU it is held to for the time being, beside its definition's cap
         self.throttle: int | None = None
         self._events = events
@@ -98,6 +106,17 @@ class Vm:
         """Raise Conflict unless one of `triggers` is possible now."""
         if not any((self.state, trigger) in lifecycle.TRANSITIONS for trigger in triggers):
             lifecycle.follow(self.name, self.state, triggers[0])
+
+    def check_whole(self) -> None:
+        """Raise Conflict while pages of the guest are at another host: its memory cannot be read then."""
+        if self.fetching is not None:
+            raise Conflict(f"VM {self.name} still fetches memory from the host it came from: "
+                           "wait until all of it is here")
+
+    def check_home(self) -> None:
+        """Raise Conflict while the VM is on its way to another host, or may be there."""
+        if self.away:
+            raise Conflict(self.away)
 
     def begin_life(self) -> None:
         """The guest starts from its first instruction."""

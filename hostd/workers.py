@@ -141,7 +141,8 @@ class Workers:
         self._command = command
         self._pool_bytes = pool_bytes
         self._options = options
-        self._tsc_khz = 0
+        #: frequency of the time stamp counter, once it was measured
+        self.tsc_khz = 0
         self._pool_fd = pool_fd
         self._listener = listener
         self._slots = [Worker(index, 0) for index in range(count)]
@@ -191,7 +192,7 @@ class Workers:
     async def run(self) -> None:
         """Keep all workers running until cancelled or `quit`."""
         # measured once, so that guests see one frequency wherever they go
-        self._tsc_khz = await trio.to_thread.run_sync(tsc.measure_khz)
+        self.tsc_khz = await trio.to_thread.run_sync(tsc.measure_khz)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._heartbeat)
             async with trio.open_nursery() as slots:
@@ -263,7 +264,7 @@ class Workers:
             try:
                 process = await trio.lowlevel.open_process(
                     [*self._command, str(theirs.fileno()), str(worker.index), str(self._pool_fd),
-                     str(self._pool_bytes), str(self._tsc_khz), *self._options],
+                     str(self._pool_bytes), str(self.tsc_khz), *self._options],
                     stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), self._pool_fd),
                     # ^C on a terminal is for the daemon, which stops guests before it stops workers
                     start_new_session=True, env={**os.environ, "PYTHONPATH": path})

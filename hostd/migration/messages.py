@@ -185,9 +185,11 @@ class Ready(About, frozen=True):
 
 
 class Commit(About, frozen=True):
-    """S: the guest is yours.  `elapsed_ns`: how long it has stood still.  Answer: Committed, or Aborted."""
+    """S: the guest is yours.  `elapsed_ns`: how long it has stood still; `typed`: at its console meanwhile.
+    Answer: Committed, or Aborted."""
 
     elapsed_ns: Nanoseconds
+    typed: Annotated[bytes, Meta(max_length=2048)] = b""
 
 
 class Committed(About, frozen=True):
@@ -365,7 +367,7 @@ def decode(frame: Frame) -> Said:
 def _decode_control(payload: bytes) -> Control:
     try:
         return _decoder.decode(payload)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a message: {reason_of(error)}") from None
     except RecursionError:
         raise ProtocolError("not a message: it is nested too deeply") from None

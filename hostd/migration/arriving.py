@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest arrives: its memory is filled, its state tried, and at the word Commit it is this host's and runs.
+
+Invariant: until its record is written nobody here knows of the guest, and whatever happens leaves nothing of
+it; from then on it is this host's, whatever happens (docs/MIGRATION.md, the commit protocol).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import Literal
+
+import msgspec
+import numpy as np
+import trio
+
+from hostd.definition import Definition
+from hostd.errors import Failed, HostError
+from hostd.lifecycle import Trigger
+from hostd.migration.fetching import Fetching
+from hostd.migration.here import Here
+from hostd.migration.index import ContentIndex
+from hostd.migration.memory_in import IncomingMemory
+from hostd.migration.messages import Commit, Final, Missing
+from hostd.migration.pages import decode_batch, decode_digests, pack_bits, unpack_bitmap
+from hostd.migration.progress import Progress
+from hostd.migration.wire import ProtocolError
+from hostd.protocol import MAX_MESSAGE, Input
+from hostd.saved import SavedVm
+from hostd.vm import Vm
+from vmm import loadable
+from vmm.memory.block import VmBlock
+from vmm.state import StateError
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["copying", "ready", "committing", "committed", "over"]
+
+
+class Arrival:
+    """One guest.  Its `block` is its own until it is committed: `drop` gives it back."""
+
+    def __init__(self, here: Here, token: str, definition: Definition, index: ContentIndex, share: bool,
+                 connections: int, progress: Progress) -> None:
+        """Raises Failed when there is no memory for it."""
+        self.token = token
+        self.definition = definition
+        self.progress = progress
+        self.stage: Stage = "copying"
+        #: what goes on on the first connection: cancelled when nothing can come of it any more
+        self.scope = trio.CancelScope()
+        #: why, then
+        self.broken = ""
+        self.fetching: Fetching | None = None
+        self._here = here
+        self._index = index
+        self._connections = connections
+        self._block: VmBlock | None = here.memory.books.new(definition.memory)
+        self._memory = IncomingMemory(here.memory, self._block, share)
+        #: connections that have ended each round, and what the others wait for
+        self._ended: Counter[int] = Counter()
+        self._changed = trio.Event()
+        self._final: tuple[Final, SavedVm] | None = None
+
+    def break_off(self, why: str) -> None:
+        """Nothing will come of it."""
+        if self.stage in ("copying", "ready"):
+            self.stage, self.broken = "over", why
+            self.scope.cancel()
+
+    def drop(self) -> None:
+        """Give its memory back, if nobody else has it."""
+        if self._block is not None:
+            block, self._block = self._block, None
+            self._here.guests.free_copy(block)
+
+    # --- memory
+
+    async def pages(self, payload: bytes) -> None:
+        """A batch of pages.  Raises ProtocolError, and Failed when memory is short and stays so."""
+        batch = await trio.to_thread.run_sync(decode_batch, payload, len(self._memory.known),
+                                              self._memory.known)
+        await self._memory.install(batch)
+        self.progress.bytes["other"] += len(payload)
+
+    async def digests(self, seq: int, payload: bytes) -> Missing:
+        """Take the contents of those pages that this host has; the answer says which it lacks."""
+        pages, digests = decode_digests(payload, len(self._memory.known))
+        if self._memory.known[pages].any():
+            raise ProtocolError("digests came of pages that have come already")
+        frames = await self._index.find(digests)
+        found = frames != 0
+        self._memory.share_with(pages[found], frames[found])
+        self.progress.pages["deduplicated"] += int(np.count_nonzero(found))
+        return Missing(seq, pack_bits(~found))
+
+    async def end_round(self, number: int) -> None:
+        """A connection has ended this round: wait until all have."""
+        self._ended[number] += 1
+        self.progress.round = number
+        if self._ended[number] == self._connections:
+            changed, self._changed = self._changed, trio.Event()
+            changed.set()
+        while self._ended[number] < self._connections:
+            await self._changed.wait()
+        self._memory.share = False
+
+    # --- the guest
+
+    async def finish(self, final: Final) -> None:
+        """All that is needed to run it is here.  Raises ProtocolError, Failed."""
+        block = self._block
+        assert block is not None
+        try:
+            saved = msgspec.json.decode(final.life, type=SavedVm)
+            loadable.check(final.state, block, self.definition.vmm, self._here.tsc_khz())
+        except (msgspec.MsgspecError, StateError) as error:
+            raise Failed(f"its state cannot be loaded here: {error}") from None
+        if saved.life is None or saved.life.paused != final.paused:
+            raise ProtocolError("a guest came that is not in the middle of its life")
+        if len(final.state) > MAX_MESSAGE // 2:
+            raise Failed("its state is too large for a worker")
+        if final.ballooned:
+            self._memory.ballooned(unpack_bitmap(final.ballooned, block.pages))
+        if final.pages_left:
+            left = unpack_bitmap(final.left, block.pages)
+            if len(left) != final.pages_left:
+                raise ProtocolError(f"{final.pages_left} pages are said to be left, and {len(left)} named")
+            self.fetching = Fetching(self._here, self._memory, left, self.progress)
+        self._final = final, saved
+        self.stage = "ready"
+
+    async def commit(self, commit: Commit, peer: str, tell: Callable[[], Awaitable[None]]) -> Vm:
+        """It is this host's from here on, and runs; `tell` is called then.  Raises HostError if it is not.
+        Not to be cancelled."""
+        heard = time.monotonic_ns()
+        assert self._final is not None
+        final, saved = self._final
+        self.stage = "committing"
+        try:
+            await trio.to_thread.run_sync(self._here.handovers.commit, self.token, self.definition, peer)
+        except HostError:
+            self.stage = "ready"
+            raise
+        self.stage = "committed"
+        vm = Vm(self.definition, self._here.events)
+        vm.block, self._block = self._block, None
+        here = self._here
+        here.departures.forget(vm.name)
+        here.guests.add(vm)
+        async with here.guests.changing(vm):
+            vm.follow(Trigger.START)
+            if saved.life is not None:
+                saved.life.give_to(vm)
+            if self.fetching is not None:
+                self.fetching.begin(vm)
+            if final.paused:
+                vm.parked = final.state
+                vm.follow(Trigger.PAUSE)
+            else:
+                await self._run(vm, final.state, heard - commit.elapsed_ns, commit.typed)
+            self.progress.downtime = (commit.elapsed_ns + time.monotonic_ns() - heard) / 1e9
+            try:
+                await tell()
+            except HostError as error:
+                log.info("the source is not told, and will ask", extra={"vm": vm.name, "why": str(error)})
+            await self._keep()
+        return vm
+
+    async def _run(self, vm: Vm, state: bytes, since_ns: int, typed: bytes) -> None:
+        """What goes wrong here is the guest's own affair: it is this host's."""
+        try:
+            await self._here.guests.hand_over(vm, state, Trigger.LOADED, since_ns)
+            if typed and vm.worker is not None:
+                vm.worker.send(Input(vm.lease, typed))
+        except HostError as error:
+            log.error("guest arrived, and does not run", extra={"vm": vm.name, "why": str(error)})
+
+    async def _keep(self) -> None:
+        """Have the definition in the inventory, where the next daemon finds it without the record."""
+        try:
+            await trio.to_thread.run_sync(self._here.inventory.save, [self.definition])
+            await trio.to_thread.run_sync(self._here.handovers.kept, self.token)
+        except HostError as error:
+            log.error("definition not written: the record stands for it",
+                      extra={"vm": self.definition.name, "why": str(error)})

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whose a guest is, when the answer to Commit did not come: the other host is asked until it says so.
+
+Nobody else may decide it but a user, who knows that the other host is gone for good.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from hostd.errors import HostError
+from hostd.migration.messages import Forget, Resolve, Resolved
+from hostd.migration.peers import Peer
+
+log = logging.getLogger(__name__)
+
+#: seconds until the next question: twice as long each time, from the first to the last of these
+FIRST_S, LAST_S = 0.25, 30.0
+
+
+class Doubt:
+    """About one hand-over."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+        self._word = trio.Event()
+
+    @property
+    def recovered(self) -> bool:
+        """Whether a user has said so."""
+        return self._word.is_set()
+
+    def recover(self) -> None:
+        """A user says that the guest is this host's."""
+        self._word.set()
+
+    async def resolve(self, peer: Peer) -> bool:
+        """Whether the other host has the guest.  Not before it says so, or a user says that it has not."""
+        committed: bool | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def ask() -> None:
+                nonlocal committed
+                wait = FIRST_S
+                while (committed := await self._ask(peer)) is None:
+                    await trio.sleep(wait)
+                    wait = min(2 * wait, LAST_S)
+                nursery.cancel_scope.cancel()
+
+            async def listen() -> None:
+                nonlocal committed
+                await self._word.wait()
+                committed = False
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(ask)
+            nursery.start_soon(listen)
+        assert committed is not None
+        return committed
+
+    async def _ask(self, peer: Peer) -> bool | None:
+        """One question; None: there is no answer yet."""
+        try:
+            async with peer.open("resolve") as talk:
+                await talk.send(Resolve(self._token))
+                outcome = (await talk.expect(Resolved)).outcome
+        except HostError as error:
+            log.info("hand-over not resolved yet", extra={"peer": peer.name, "why": str(error)})
+            return None
+        return None if outcome == "running" else outcome == "committed"
+
+
+async def forget(peer: Peer, token: str) -> None:
+    """Tell the other host that its record is not needed any more; it keeps it should it not hear of this."""
+    try:
+        async with peer.open("resolve") as talk:
+            await talk.send(Resolve(token))
+            await talk.expect(Resolved)
+            await talk.send(Forget(token))
+    except HostError as error:
+        log.info("record not taken back", extra={"peer": peer.name, "why": str(error)})

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All guests of a host go to another, some at a time.  One that cannot go does not hold up others."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from hostd.errors import HostError
+from hostd.guests import Step
+from hostd.migration.views import EvacuatedView, EvacuateRequest, MigrateRequest
+from hostd.vm import Vm
+
+
+def of_one(request: EvacuateRequest) -> MigrateRequest:
+    """What is asked for each guest of an evacuation."""
+    return MigrateRequest(to=request.to, mode=request.mode, downtime_ms=request.downtime_ms,
+                          timeout=request.timeout, dry_run=request.dry_run)
+
+
+async def evacuate(vms: Sequence[Vm], migrate: Callable[[Vm], Awaitable[None]], parallel: int,
+                   step: Step) -> EvacuatedView:
+    """Have all go, `parallel` at a time."""
+    began = trio.current_time()
+    moved: list[str] = []
+    failed: dict[str, str] = {}
+    turns = trio.Semaphore(parallel)
+
+    async def one(vm: Vm) -> None:
+        try:
+            await migrate(vm)
+            moved.append(vm.name)
+        except HostError as error:
+            failed[vm.name] = str(error)
+        finally:
+            turns.release()
+        step(f"{len(moved)} of {len(vms)} guests are there", (len(moved) + len(failed)) / len(vms))
+
+    async with trio.open_nursery() as nursery:
+        for vm in vms:
+            await turns.acquire()
+            nursery.start_soon(one, vm, name=f"evacuate {vm.name}")
+    return EvacuatedView(moved=moved, failed=failed, seconds=round(trio.current_time() - began, 3))
