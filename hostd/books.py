@@ -28,8 +28,10 @@ from vmm.memory.p2mbits import FRAME_MASK, SHARED_BITS, STORED
 from vmm.memory.pool import PAGE_SHIFT, Pool
 from vmm.memory.reclaim import freeze
 
-#: the borrower of frames that the daemon itself fills; workers come after it
+#: the borrower of frames that the daemon itself fills; workers come after it, and from `_PASSAGES` on frames
+#: on their way to a guest
 LOADER = 0
+_PASSAGES = 1 << 13
 
 
 class Charge:
@@ -55,6 +57,7 @@ class Books:
         self._blocks: dict[int, VmBlock] = {}
         self._charges: dict[int, Charge] = {}
         self._snapshots = itertools.count(1)
+        self._passages = itertools.count()
         #: owners of shared frames that are not guests (see `pin`)
         self._pins = 0
 
@@ -212,6 +215,31 @@ class Books:
         """Numbers of the stores in which pages of the guest are."""
         slots = self._charges[block.first].slots
         return [int(number) for number in np.unique(slots[slots != 0] >> np.uint64(32))]
+
+    # --- from another host
+
+    def send(self, frames: np.ndarray) -> int:
+        """Frames that the daemon filled are on their way to a guest; the number of their passage.
+
+        Invariant: until `arrived` or `returned` they are with nobody but that passage, so a worker's death
+        on the way, or a guest's end, takes none of them along and gives none back twice.
+        """
+        passage = _PASSAGES + next(self._passages) % _PASSAGES
+        self._allocator.pass_on(passage, frames)
+        return passage
+
+    def arrived(self, block: VmBlock, worker: int | None, passage: int, pages: np.ndarray,
+                frames: np.ndarray, unused: np.ndarray) -> None:
+        """`pages` of a guest with a worker (None: with none) have frames of this passage now instead of
+        slots, all but the `unused` ones, which come back."""
+        self._release(self._charges[block.first], pages)
+        self.returned(passage, unused)
+        self._allocator.pass_on(LOADER if worker is None else worker + 1,
+                                self._allocator.of(passage, frames))
+
+    def returned(self, passage: int, frames: np.ndarray) -> None:
+        """The guest has no use for these frames: those it has not taken along with its end come back."""
+        self._give_back(self._allocator.of(passage, frames))
 
     # --- workers
 

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import trio
 
 from hostd import protocol
@@ -30,6 +29,9 @@ log = logging.getLogger(__name__)
 MAX_GRANT = 1 << 14
 
 T = TypeVar("T")
+
+#: keeps the books of what a worker did to a guest's pages
+Settle = Callable[[protocol.Reclaimed], None]
 
 
 class NeverAdopted(Failed):
@@ -76,7 +78,7 @@ class Leases:
         self._adopting: dict[str, tuple[Trigger, Reply[None]]] = {}
         self._releasing: dict[str, Reply[protocol.Released]] = {}
         self._listing: dict[str, Reply[protocol.Listing]] = {}
-        self._reclaiming: dict[str, Reply[protocol.Reclaimed]] = {}
+        self._reclaiming: dict[str, tuple[Settle, Reply[protocol.Reclaimed]]] = {}
         self._logging: dict[str, Reply[protocol.Dirty]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
@@ -93,6 +95,7 @@ class Leases:
             protocol.Reported: self._on_reported,
             protocol.Reclaimed: self._on_reclaimed,
             protocol.Dirty: self._on_dirty,
+            protocol.Wanted: self._on_wanted,
             protocol.BalloonView: self._on_balloon,
         }
 
@@ -137,19 +140,19 @@ class Leases:
         vm.worker.send(protocol.ListTranslations(vm.lease, address))
         return await reply.wait()
 
-    async def reclaim(self, vm: Vm, what: protocol.Reclaiming, pages: bytes, frames: bytes = b"",
-                      slots: bytes = b"") -> protocol.Reclaimed:
-        """Have the guest's worker do something to its pages; one at a time may.  Raises Conflict if the guest
-        ends first, Failed if the worker does."""
+    async def reclaim(self, vm: Vm, what: protocol.Reclaiming, settle: Settle, pages: bytes, frames: bytes,
+                      slots: bytes) -> protocol.Reclaimed:
+        """Have the guest's worker do something to its pages; one at a time may.  `settle` is called with the
+        answer when it comes.  Raises Conflict if the guest ends first, Failed if the worker does."""
         assert vm.worker is not None and vm.lease not in self._reclaiming
-        reply = self._reclaiming[vm.lease] = Reply[protocol.Reclaimed]()
+        reply = Reply[protocol.Reclaimed]()
+        self._reclaiming[vm.lease] = settle, reply
         vm.worker.send(protocol.Reclaim(vm.lease, what, pages, frames, slots))
         return await reply.wait()
 
-    async def dirty_log(self, vm: Vm, what: protocol.Logging) -> np.ndarray:
-        """Have the guest's worker start, collect or stop its dirty log; one at a time may.  The answer is the
-        pages written since it was started or last collected, ascending; none unless it is collected.  Raises
-        Conflict if the guest ends first, Failed if the worker does."""
+    async def dirty_log(self, vm: Vm, what: protocol.Logging) -> protocol.Dirty:
+        """Have the guest's worker start, collect or stop its dirty log; one at a time may.  Raises Conflict
+        if the guest ends first, Failed if the worker does."""
         assert vm.worker is not None and vm.block is not None and vm.lease not in self._logging
         block = vm.block
         reply = self._logging[vm.lease] = Reply[protocol.Dirty]()
@@ -157,7 +160,7 @@ class Leases:
         answer = await reply.wait()
         # Invariant: what the worker goes by; the next one will, too (Adopt.logging)
         block.p2m.logging = what != "stop"
-        return np.frombuffer(answer.pages, dtype=np.int64)
+        return answer
 
     def _hand_back(self, vm: Vm) -> None:
         """The worker does not have the guest any more."""
@@ -193,7 +196,7 @@ class Leases:
         _, adopting = self._adopting.pop(vm.lease, (None, None))
         releasing = self._releasing.pop(vm.lease, None)
         listing = self._listing.pop(vm.lease, None)
-        reclaiming = self._reclaiming.pop(vm.lease, None)
+        _, reclaiming = self._reclaiming.pop(vm.lease, (None, None))
         logging = self._logging.pop(vm.lease, None)
         self._hand_back(vm)
         for reply in adopting, releasing, listing, reclaiming, logging:
@@ -272,10 +275,25 @@ class Leases:
             self.feed_hungry()
 
     def _on_reclaimed(self, worker: Worker, message: protocol.Reclaimed) -> None:
-        _expected(self._reclaiming, message).set(message)
+        # Invariant: the books follow here and not in whoever waits, because the guest's own end, and with it
+        # that of its memory, may be the next message.
+        settle, reply = _expected(self._reclaiming, message)
+        try:
+            settle(message)
+        except (ValueError, IndexError) as error:
+            reply.fail(Failed(f"VM {self._held[message.vm].name}: its worker does not do as it is asked"))
+            raise protocol.ProtocolError(f"an answer about {message.vm} that cannot be: {error}") from None
+        reply.set(message)
 
     def _on_dirty(self, worker: Worker, message: protocol.Dirty) -> None:
         _expected(self._logging, message).set(message)
+
+    def _on_wanted(self, worker: Worker, message: protocol.Wanted) -> None:
+        vm = self._held[message.vm]
+        if vm.block is None or not all(0 <= page < vm.block.pages for page in message.pages):
+            raise protocol.ProtocolError(f"{message.vm} waits for pages it does not have")
+        if vm.fetching is not None:
+            vm.fetching(message.pages)
 
     def _on_balloon(self, worker: Worker, message: protocol.BalloonView) -> None:
         self._held[message.vm].balloon = message

@@ -14,14 +14,15 @@ class OpenSlots:
     """Stores by number, opened when a guest comes that may need them."""
 
     def __init__(self) -> None:
-        self._stores: dict[int, PageStore] = {}
+        #: None: its pages are at another host
+        self._stores: dict[int, PageStore | None] = {}
 
     def open(self, stores: Iterable[tuple[int, str]]) -> None:
         """Open those that are not yet.  Raises StoreError."""
         for number, path in stores:
             if number not in self._stores:
                 try:
-                    self._stores[number] = PageStore(path)
+                    self._stores[number] = PageStore(path) if path else None
                 except OSError as error:
                     raise StoreError(f"cannot open {path}: {error.strerror}") from None
 
@@ -30,6 +31,11 @@ class OpenSlots:
         store = self._stores.pop(number, None)
         if store is not None:
             store.close()
+
+    def elsewhere(self, slot: int) -> int | None:
+        """The guest's page, if the slot says that it is at another host."""
+        number = slot >> 32
+        return slot & _OFFSET if number in self._stores and self._stores[number] is None else None
 
     def fetch(self, slot: int, into: memoryview) -> None:
         """Read the page in a slot.  Raises StoreError."""

@@ -24,7 +24,7 @@ MAX_MESSAGE = 16 << 20
 MAX_CHUNK = 64 << 10
 
 Request = Literal["adopt", "release"]
-Reclaiming = Literal["freeze", "merge", "zeros", "store", "watch"]
+Reclaiming = Literal["freeze", "merge", "zeros", "store", "watch", "install"]
 Logging = Literal["start", "collect", "stop"]
 #: how a guest can end by itself
 Ending = Literal["poweroff", "reset", "crashed", "exit"]
@@ -51,7 +51,7 @@ class Adopt(Message, frozen=True):
     snapshot: int
     weight: int
     cap: int
-    #: (number, path) of the files in which pages of the guest are
+    #: (number, path) of the files in which pages of the guest are; no path: they are at another host
     stores: list[tuple[int, str]] = []
     #: this worker had the guest last, and nobody has written to its memory since
     unchanged: bool = False
@@ -225,6 +225,13 @@ class Dirty(Message, frozen=True):
     pages: bytes
 
 
+class Wanted(Message, frozen=True):
+    """This guest waits for pages that are at another host.  Said once for each until it is installed."""
+
+    vm: str
+    pages: list[int]
+
+
 class BalloonView(Message, frozen=True):
     """How the memory of this guest is doing, as its driver says: pages it has given back, and its statistics
     by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one."""
@@ -251,7 +258,7 @@ class Pong(Message, frozen=True):
 ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon
             | CloseStore | ListTranslations | Grant | Ping | Quit)
 ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Reported
-            | Reclaimed | Dirty | BalloonView | Pong)
+            | Reclaimed | Dirty | Wanted | BalloonView | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -8,7 +8,7 @@ is left alone: all methods raise Conflict then.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ from hostd.errors import Conflict
 from hostd.guests import Guests
 from hostd.lifecycle import State
 from hostd.memory import MachineMemory
-from hostd.protocol import Reclaiming
+from hostd.protocol import Reclaimed, Reclaiming
+from hostd.stores import slots_at
 from hostd.vm import Vm
 from vmm.memory.reclaim import carry_out
 
@@ -44,35 +45,39 @@ class Reclaimer:
 
         The answer is the pages for which it was done, and their frames, each pinned once (Books.unpin).
         """
+        books = self._memory.books
         async with self._held(vm) as block:
-            done, frames = await self._carry_out(vm, block, "freeze", pages)
-            self._memory.books.frozen(block, done, frames)
-            self._memory.books.pin(frames)
-        return done, frames
+            def settle(done: np.ndarray, frames: np.ndarray) -> None:
+                books.frozen(block, done, frames)
+                books.pin(frames)
+
+            return await self._carry_out(vm, block, "freeze", settle, pages)
 
     async def merge(self, vm: Vm, pages: np.ndarray, frames: np.ndarray) -> int:
         """Let private pages share frozen `frames` where the contents are the same; how many did."""
         books = self._memory.books
         async with self._held(vm) as block:
+            def settle(done: np.ndarray, freed: np.ndarray) -> None:
+                merged = np.isin(pages, done)
+                books.merged(block, pages[merged], frames[merged], freed)
+                books.unpin(frames[~merged])
+
             # Invariant: a frame named in a request is pinned until the answer: nobody else gets it meanwhile
             books.pin(frames)
             try:
-                done, freed = await self._carry_out(vm, block, "merge", pages, frames)
+                done, _ = await self._carry_out(vm, block, "merge", settle, pages, frames)
             except BaseException:
                 books.unpin(frames)
                 raise
-            merged = np.isin(pages, done)
-            books.merged(block, pages[merged], frames[merged], freed)
-            books.unpin(frames[~merged])
         vm.memory_state.merged += len(done)
         self._guests.leases.feed_hungry()
         return len(done)
 
     async def drop_zeros(self, vm: Vm, pages: np.ndarray) -> int:
         """Private pages full of zeros give up their frames; how many did."""
+        books = self._memory.books
         async with self._held(vm) as block:
-            done, freed = await self._carry_out(vm, block, "zeros", pages)
-            self._memory.books.zeroed(freed)
+            done, _ = await self._carry_out(vm, block, "zeros", lambda _, freed: books.zeroed(freed), pages)
         vm.memory_state.zeroed += len(done)
         self._guests.leases.feed_hungry()
         return len(done)
@@ -80,7 +85,7 @@ class Reclaimer:
     async def watch(self, vm: Vm, pages: np.ndarray) -> None:
         """Have the next use of these pages noticed: the present bit of the P2M entry comes back with it."""
         async with self._held(vm) as block:
-            await self._carry_out(vm, block, "watch", pages)
+            await self._carry_out(vm, block, "watch", lambda *_: None, pages)
 
     async def swap_out(self, vm: Vm, pages: np.ndarray) -> int:
         """Put private pages that are watched into the swap file; how many were, and were not used meanwhile.
@@ -98,9 +103,11 @@ class Reclaimer:
             put = _NONE
             try:
                 async with self._held(vm) as block:
-                    put, _ = await self._carry_out(vm, block, "store", done, frames, slots)
-                    stored = np.isin(done, put)
-                    books.stored(block, done[stored], slots[stored].astype(np.uint64))
+                    def settle(put: np.ndarray, _: np.ndarray) -> None:
+                        stored = np.isin(done, put)
+                        books.stored(block, done[stored], slots[stored].astype(np.uint64))
+
+                    put, _ = await self._carry_out(vm, block, "store", settle, done, frames, slots)
             finally:
                 swap.free(slots[~np.isin(done, put)].tolist())
         finally:
@@ -109,22 +116,57 @@ class Reclaimer:
         self._guests.leases.feed_hungry()
         return len(put)
 
+    async def install(self, vm: Vm, store: int, pages: np.ndarray, frames: np.ndarray) -> int:
+        """Pages that are in a remote `store` (Stores.open_remote), each named once, have come: they are in
+        `frames`, on loan to the daemon (Books.frames_for_loading), or all zeroes where that is 0.  How many
+        the guest still had a use for; all frames are the guest's or free afterwards, also when this raises.
+
+        Waits for whoever is changing the VM.  Raises NotFound, Conflict or Failed if the guest is gone.
+        """
+        books, filled = self._memory.books, frames[frames != 0]
+        passage = books.send(filled)
+        try:
+            async with self._guests.changing(vm):
+                block = _block_of(vm)
+                worker = None if vm.worker is None else vm.worker.index
+
+                def settle(done: np.ndarray, unused: np.ndarray) -> None:
+                    books.arrived(block, worker, passage, done, filled, unused)
+
+                done, _ = await self._carry_out(vm, block, "install", settle, pages, frames,
+                                                slots_at(store, pages))
+        except BaseException:
+            books.returned(passage, filled)
+            raise
+        return len(done)
+
     @asynccontextmanager
     async def _held(self, vm: Vm) -> AsyncIterator[VmBlock]:
         if vm.lock.locked():
             raise Conflict(f"VM {vm.name} is being changed")
         async with self._guests.changing(vm):
-            if vm.block is None or (vm.worker is None and vm.state is not State.PAUSED):
-                raise Conflict(f"VM {vm.name} is {vm.state}")
-            yield vm.block
+            yield _block_of(vm)
 
-    async def _carry_out(self, vm: Vm, block: VmBlock, what: Reclaiming, pages: np.ndarray,
+    async def _carry_out(self, vm: Vm, block: VmBlock, what: Reclaiming,
+                         settle: Callable[[np.ndarray, np.ndarray], None], pages: np.ndarray,
                          frames: np.ndarray = _NONE,
                          slots: np.ndarray = _NONE) -> tuple[np.ndarray, np.ndarray]:
+        """The pages for which it was done, and the frames that came of it, with which `settle` was called."""
         if vm.worker is None:
-            return carry_out(what, block.p2m, pages, frames, slots)
-        answer = await self._guests.leases.reclaim(vm, what, *(
-            array.astype(np.int64).tobytes() for array in (pages, frames, slots)))
-        return np.frombuffer(answer.pages, dtype=np.int64), np.frombuffer(answer.frames, dtype=np.int64)
+            answer = carry_out(what, block.p2m, pages, frames, slots)
+            settle(*answer)
+            return answer
+        return _arrays(await self._guests.leases.reclaim(
+            vm, what, lambda answer: settle(*_arrays(answer)),
+            *(array.astype(np.int64).tobytes() for array in (pages, frames, slots))))
 
 
+def _arrays(answer: Reclaimed) -> tuple[np.ndarray, np.ndarray]:
+    return np.frombuffer(answer.pages, dtype=np.int64), np.frombuffer(answer.frames, dtype=np.int64)
+
+
+def _block_of(vm: Vm) -> VmBlock:
+    """The memory of a guest that runs or is paused.  Raises Conflict where there is none."""
+    if vm.block is None or (vm.worker is None and vm.state is not State.PAUSED):
+        raise Conflict(f"VM {vm.name} is {vm.state}")
+    return vm.block

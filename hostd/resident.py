@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from hostd.openslots import OpenSlots
-from hostd.protocol import Adopt, BalloonView, Dirty, Listing, Logging, Reclaim, Reclaimed, Reported
+from hostd.protocol import Adopt, BalloonView, Dirty, Listing, Logging, Reclaim, Reclaimed, Reported, Wanted
 from hostd.scheduler import Usage
 from hostd.translator import MAX_UNITS, Translator, excerpt
 from vmm.machine import VirtualMachine
@@ -49,6 +49,9 @@ class Resident:
         # what it had before it came here; the run queue counts from zero
         self._before = Usage(block.accounting.run_ns, block.accounting.wait_ns, block.accounting.sleep_ns)
         self._stolen = 0
+        #: pages at another host that it waits for, and those of them that were not told yet
+        self._awaited: set[int] = set()
+        self._wanted: list[int] = []
 
     def run(self, deadline_ns: int) -> Stop:
         """Run until CLOCK_MONOTONIC `deadline_ns` at the latest.
@@ -65,7 +68,14 @@ class Resident:
             return Stop(StopReason.CRASHED, f"the monitor failed: {type(error).__name__}: {error}")
 
     def _fetch(self, slot: int, into: memoryview) -> None:
-        """Read a page that is in a file.  If that cannot be, the guest is lost."""
+        """Read a page that is in a file.  If that cannot be, the guest is lost; if the page is at another
+        host, it waits."""
+        page = self._slots.elsewhere(slot)
+        if page is not None:
+            if page not in self._awaited:
+                self._awaited.add(page)
+                self._wanted.append(page)
+            raise OutOfFrames(f"page {page} is at another host")
         try:
             self._slots.fetch(slot, into)
         except StoreError as error:
@@ -74,10 +84,12 @@ class Resident:
 
     def reclaim(self, request: Reclaim) -> Reclaimed:
         """Do what the host asks to pages of the guest."""
-        self.machine.leave_cpu()
+        if request.what != "install":               # pages that were nowhere are mapped nowhere
+            self.machine.leave_cpu()
         pages, frames, slots = (np.frombuffer(array, dtype=np.int64)
                                 for array in (request.pages, request.frames, request.slots))
         done, came = reclaiming.carry_out(request.what, self._p2m, pages, frames, slots)
+        self._awaited.difference_update(done.tolist())
         return Reclaimed(self.lease, done.astype(np.int64).tobytes(), came.astype(np.int64).tobytes())
 
     def dirty_log(self, what: Logging) -> Dirty:
@@ -104,6 +116,13 @@ class Resident:
         report = Reported(self.lease, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
         p2m.dropped, p2m.freed, p2m.fetched = [], [], []
         return report
+
+    def take_wanted(self) -> Wanted | None:
+        """The pages at another host that it began to wait for since the last call, if any."""
+        if not self._wanted:
+            return None
+        wanted, self._wanted = self._wanted, []
+        return Wanted(self.lease, wanted)
 
     def listing(self, address: int | None) -> Listing:
         """Its translated code.  A mistake in showing it costs the guest nothing."""

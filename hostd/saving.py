@@ -123,6 +123,7 @@ class Saver:
             for vm in list(self._guests.vms.values()):
                 try:
                     await held.enter_async_context(self._guests.changing(vm))
+                    vm.check_whole()
                     paused = vm.state is State.PAUSED
                     if vm.state is State.RUNNING:
                         await self._guests.park(vm)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The files in which pages of guests are: the swap file, and the snapshots guests are restored from.
+"""Where pages of guests are: in the swap file, in the snapshots guests are restored from, or at another host.
 
-A slot is a store's number (8 bits, 0 is the swap file) and an offset in it in units of 64 bytes (32 bits).
+A slot is a store's number (8 bits, 0 is the swap file) and an offset in it in units of 64 bytes (32 bits); if
+the store is another host, the number of the guest's page instead.
 Each guest page in a slot owns it; a slot of the swap file without an owner is free, a snapshot of which no
 page is needed any more is closed.
 """
@@ -27,7 +28,8 @@ class Stores:
 
     def __init__(self, swap: SwapFile | None = None) -> None:
         self.swap = swap
-        self._files: dict[int, tuple[PageStore, Callable[[], None]]] = {}
+        #: no file: another host
+        self._files: dict[int, tuple[PageStore | None, Callable[[], None]]] = {}
         self._owned: dict[int, int] = {}
         #: called with the number of a store that is closed
         self.on_close: Callable[[int], None] = lambda number: None
@@ -37,9 +39,17 @@ class Stores:
 
         Nothing is owned yet: `retain` or `close_unused` must follow.  Raises Failed when there are too many.
         """
+        return self._open(store, close)
+
+    def open_remote(self, close: Callable[[], None]) -> int:
+        """Have pages at another host; as `open`.  `slots_at` says in which slots they are, and they come by
+        Reclaimer.install."""
+        return self._open(None, close)
+
+    def _open(self, store: PageStore | None, close: Callable[[], None]) -> int:
         number = next((number for number in range(1, _MOST_STORES) if number not in self._files), None)
         if number is None:
-            raise Failed(f"{_MOST_STORES - 1} snapshots are being restored: wait until one is done")
+            raise Failed(f"{_MOST_STORES - 1} guests are being restored or fetched: wait until one is done")
         self._files[number] = store, close
         self._owned[number] = 0
         return number
@@ -54,14 +64,16 @@ class Stores:
 
     def paths(self, numbers: Iterable[int]) -> list[tuple[int, str]]:
         """Number and path of the swap file and of each of these stores, by which other processes open them,
-        whatever their names are now.
+        whatever their names are now; no path for another host.
 
         Who opens one must have a page in it: else it may be closed by then, and its number mean another.
         """
-        fds = [(number, self._files[number][0].fd) for number in numbers if number != SWAP]
+        files: dict[int, PageStore | SwapFile | None] = {
+            number: self._files[number][0] for number in numbers if number != SWAP}
         if self.swap is not None:
-            fds.append((SWAP, self.swap.fd))
-        return [(number, f"/proc/{os.getpid()}/fd/{fd}") for number, fd in fds]
+            files[SWAP] = self.swap
+        return [(number, f"/proc/{os.getpid()}/fd/{file.fd}" if file is not None else "")
+                for number, file in files.items()]
 
     def fetch(self, slot: int, into: memoryview) -> None:
         """Read the page in a slot.  Raises StoreError."""
@@ -69,7 +81,10 @@ class Stores:
         if number == SWAP and self.swap is not None:
             self.swap.read_into(offset, into)
         elif number in self._files:
-            self._files[number][0].read_into(offset, into)
+            file = self._files[number][0]
+            if file is None:
+                raise StoreError("a page that is still at another host")
+            file.read_into(offset, into)
         else:
             raise StoreError(f"no store {number} is open")
 
@@ -89,6 +104,11 @@ class Stores:
             else:
                 self._owned[number] -= len(offsets)
                 self.close_unused(number)
+
+
+def slots_at(number: int, pages: np.ndarray) -> np.ndarray:
+    """The slots of a guest's pages that are at another host."""
+    return pages.astype(np.uint64) | np.uint64(number << 32)
 
 
 def _by_store(slots: np.ndarray) -> list[tuple[int, list[int]]]:

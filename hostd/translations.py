@@ -38,8 +38,8 @@ class Translations:
         if snapshot:
             self._snapshots.add(snapshot)
 
-    def forget_shared(self, frames: bytes) -> None:
-        """A guest is about to share frames (u64) that others wrote."""
+    def forget_others(self, frames: bytes) -> None:
+        """A guest is about to have frames (u64) that others wrote."""
         self._forget(np.unique(np.frombuffer(frames, dtype=np.int64)))
 
     def _forget(self, frames: np.ndarray) -> None:

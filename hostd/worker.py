@@ -87,7 +87,7 @@ class WorkerLoop:
         self._guests: dict[str, Resident] = {}
         #: (CLOCK_MONOTONIC ns, lease) of halted guests; an entry counts if it is its guest's `alarm`
         self._alarms: list[tuple[int, str]] = []
-        #: guests waiting for a Grant
+        #: guests waiting for a Grant, or for a page from another host
         self._starved: list[str] = []
         self._asked = False
         self._quit = False
@@ -148,6 +148,9 @@ class WorkerLoop:
         if guest.lease in self._guests:
             guest.account(self._queue.usage(guest.lease, ended))
             self._report(guest)
+            wanted = guest.take_wanted()
+            if wanted is not None:
+                self._send(wanted)
         self._keep_stock()
         self._flush()
 
@@ -255,9 +258,12 @@ class WorkerLoop:
         guest = self._guests.get(message.vm)
         if guest is None:
             return
-        if message.what == "merge":
-            self._translations.forget_shared(message.frames)
+        if message.what in ("merge", "install"):
+            self._translations.forget_others(message.frames)
         self._send(guest.reclaim(message))
+        if message.what == "install" and message.vm in self._starved:
+            self._starved.remove(message.vm)
+            self._queue.wake(message.vm, time.monotonic_ns())
 
     def _on_dirty_log(self, message: protocol.DirtyLog) -> None:
         guest = self._guests.get(message.vm)

@@ -5,7 +5,7 @@ told on their consoles.
     poweroff | reset | crash WHY | exit STATUS     the guest ends
     die                                            the worker process does
     nonsense                                       it breaks the protocol
-    last words                                     asked about its translations, it powers off
+    last words                                     asked about its translations, or for pages, it powers off
     untranslatable                                 what it is asked about its translations has a problem
     anything else                                  is echoed
 
@@ -69,6 +69,9 @@ class FakeWorker:
                 self.send(protocol.Console(vm, f"share {weight} {cap}\n".encode()))
             case protocol.ListTranslations(vm=vm, address=address) if vm in self.states:
                 self.list(vm, address)
+            case protocol.Reclaim(vm=vm, frames=frames) if b"last words" in self.states[vm]:
+                self.send(protocol.Reclaimed(vm, b"", frames))
+                self.end(vm, "poweroff", "")
             case protocol.Ping(id=id):
                 self.send(protocol.Pong(id, [1, 2], 3000, TranslatorView(units=5, used_bytes=80)))
             case protocol.Quit():

@@ -39,6 +39,7 @@ TO_DAEMON = [
     protocol.Reported("web#1", [1, 2, 3], [9], []),
     protocol.Reclaimed("web#1", b"", bytes(8)),
     protocol.Dirty("web#1", bytes(16)),
+    protocol.Wanted("web#1", [7, 9]),
     protocol.BalloonView("web#1", True, 5, {"free": 7}),
     protocol.Pong(7, [0, 1], 5, TranslatorView(units=3, used_bytes=4096)),
 ]

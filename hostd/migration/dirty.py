@@ -55,4 +55,5 @@ class DirtyLog:
             raise Conflict(f"VM {vm.name} is {vm.state}: what was to be logged has ended")
         if vm.worker is None:
             return vm.block.p2m.log(what)
-        return await self._guests.leases.dirty_log(vm, what)
+        answer = await self._guests.leases.dirty_log(vm, what)
+        return np.frombuffer(answer.pages, dtype=np.int64)

@@ -28,7 +28,7 @@ from vmm.bt.views import View
 from vmm.bt.walk import Place, Table, Walker
 from vmm.memory.frames import FrameSource
 from vmm.memory.p2m import P2M
-from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, LOGGED, PRESENT, WRITABLE, Kind
+from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, LOGGED, PRESENT, STORED, WRITABLE, Kind
 from vmm.memory.pool import PAGE, PAGE_SHIFT
 from vmm.silicon import layout as at
 from vmm.x86.flags import CR0_PG, CR4_PGE
@@ -208,7 +208,7 @@ class Shadow:
                 break
             following = leaf[source]
             if not following & PRESENT:
-                if not writable or len(frames) < _PLENTY:
+                if not writable or following & STORED or len(frames) < _PLENTY:
                     break
                 self._p2m.fault(source << PAGE_SHIFT, True, frames)
                 following = leaf[source]

@@ -232,6 +232,14 @@ class FrameAllocator:
         private, _ = self.split(leaf)
         self._owner[private] = LOAN + borrower
 
+    def pass_on(self, borrower: int, frames: np.ndarray) -> None:
+        """Frames on loan go to another borrower."""
+        self._owner[frames] = LOAN + borrower
+
+    def of(self, borrower: int, frames: np.ndarray) -> np.ndarray:
+        """Those of these frames that are on loan to a borrower."""
+        return frames[self._owner[frames] == LOAN + borrower]
+
     def give_back(self, frames: Iterable[int]) -> None:
         """Private frames that guests have let go of."""
         self._free_frames(np.unique(np.fromiter(frames, dtype=np.int64)))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is done to a guest's pages for the host's sake: frozen, merged, put on disk, watched.
+"""What is done to a guest's pages for the host's sake: frozen, merged, put on disk, watched, brought in.
 
-All of it under the same conditions: the guest is off the CPU and enters it with a flushed TLB; what it sees
-does not change.  Whoever runs the guest does it, in one piece, so that no write comes between.  A page that
-is not as it was thought to be is left alone, which the answer says.
+All of it under the same conditions: the guest is off the CPU and enters it with a flushed TLB (unless its
+pages are only brought in); what it sees does not change.  Whoever runs the guest does it, in one piece, so
+that no write comes between.  A page that is not as it was thought to be is left alone, which the answer says.
 
 Pages on which the software monitor has a trace are neither dropped nor put on disk: they hold code or page
 tables in use, and traces are on frames.
@@ -23,6 +23,7 @@ from vmm.memory.p2mbits import (
     KIND_SHIFT,
     LOGGED,
     PRESENT,
+    PRIVATE_BITS,
     SHARED_BITS,
     STORED,
     WRITABLE,
@@ -145,16 +146,34 @@ def watch(p2m: P2M, pages: np.ndarray) -> None:
     _told(p2m, watched)
 
 
+def install(p2m: P2M, pages: np.ndarray, frames: np.ndarray,
+            slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Let pages that are in `slots`, each named once, have `frames` with the same contents for themselves;
+    frame 0 is that of all pages of zeros, which become absent ones.
+
+    The answer says for which of `pages` that was done, and which frames were not used: the guest has given
+    these pages back.
+    """
+    leaf = _leaf(p2m)
+    entries = leaf[pages]
+    logged = np.uint64(LOGGED if p2m.logging else 0)
+    done = (entries & ~np.uint64(LOGGED)) == (slots.astype(np.uint64) << _SHIFT | np.uint64(STORED))
+    put = frames[done].astype(np.uint64)
+    leaf[pages[done]] = np.where(put == 0, put, put << _SHIFT | np.uint64(PRIVATE_BITS)) | logged
+    return done, frames[~done & (frames != 0)]
+
+
 def carry_out(what: str, p2m: P2M, pages: np.ndarray, frames: np.ndarray,
               slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One of the above by its name: freeze, merge, zeros, store, watch.
+    """One of the above by its name: freeze, merge, zeros, store, watch, install.
 
-    The answer is the pages for which it was done, and the frames that came of it: those frozen, or let go of.
+    The answer is the pages for which it was done, and the frames that came of it: those frozen, let go of,
+    or not used.
     Raises ValueError for pages or frames that do not exist, or lists of unequal lengths.
     """
     if len(pages) and not 0 <= pages.min() <= pages.max() < p2m.pages:
         raise ValueError("a page beyond the guest's memory")
-    if len(frames) and not 0 < frames.min() <= frames.max() < p2m.pool.frames:
+    if len(frames) and not (what != "install") <= frames.min() <= frames.max() < p2m.pool.frames:
         raise ValueError("a frame beyond the pool")
     return _BY_NAME[what](p2m, pages, frames, slots)
 
@@ -179,7 +198,13 @@ def _watch(p2m: P2M, pages: np.ndarray, *_: np.ndarray) -> tuple[np.ndarray, np.
     return _NONE, _NONE
 
 
+def _install(p2m: P2M, pages: np.ndarray, frames: np.ndarray,
+             slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    done, unused = install(p2m, pages, frames, slots)
+    return pages[done], unused
+
+
 _NONE = np.zeros(0, dtype=np.int64)
 _BY_NAME: dict[str, Callable[[P2M, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "freeze": lambda p2m, pages, *_: freeze(p2m, pages), "merge": _merge, "zeros": _zeros, "store": _store,
-    "watch": _watch}
+    "watch": _watch, "install": _install}
