@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -12,7 +11,6 @@ import trio
 from hostd import lifecycle
 from hostd.console import Console
 from hostd.definition import Definition
-from hostd.errors import Conflict
 from hostd.errors import Conflict
 from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
@@ -84,8 +82,6 @@ class Vm:
         self.exit_status: int | None = None
         #: while pages of it are at another host: told which of them the guest waits for
         self.fetching: Callable[[list[int]], None] | None = None
-        #: while pages of it are at another host: told which of them the guest waits for
-        self.fetching: Callable[[list[int]], None] | None = None
         #: percent of a CPU it is held to for the time being, beside its definition's cap
         self.throttle: int | None = None
         self._events = events
@@ -121,12 +117,6 @@ class Vm:
         """Raise Conflict while the VM is on its way to another host, or may be there."""
         if self.away:
             raise Conflict(self.away)
-
-    def check_whole(self) -> None:
-        """Raise Conflict while pages of the guest are at another host: its memory cannot be read then."""
-        if self.fetching is not None:
-            raise Conflict(f"VM {self.name} still fetches memory from the host it came from: "
-                           "wait until all of it is here")
 
     def begin_life(self) -> None:
         """The guest starts from its first instruction."""
