@@ -114,8 +114,8 @@ class Fetching:
                     await self._install(await trio.to_thread.run_sync(
                         decode_batch, message.payload, len(self._left), self._unknown))
                 team.cancel_scope.cancel()
-            self._end()
             await talk.send(Complete(self._progress.token))
+            self._end()
 
     async def _ask(self, talk: Conversation) -> None:
         """Tell the source what the guest waits for."""
