@@ -321,6 +321,21 @@ async def test_a_stream_cut_short_is_no_end(good: Tls) -> None:
             await link.receive()
 
 
+@pytest.mark.parametrize("encrypted", [True, False])
+async def test_last_words_arrive_at_one_that_is_talking(encrypted: bool, good: Tls) -> None:
+    """The one that leaves has not read all that was sent to it."""
+    async def leave(link: Link, admit: Callable[[], None]) -> None:
+        await link.receive()
+        await link.send(b"no memory")
+
+    tls = good if encrypted else None
+    async with (listening(leave, tls) as port, await dial("127.0.0.1", port, tls) as link,
+                trio.open_nursery() as nursery):
+        nursery.start_soon(send_always, link)
+        assert await link.receive() == b"no memory"
+        nursery.cancel_scope.cancel()
+
+
 # --- bandwidth ----------------------------------------------------------------------------------------------
 
 @given(rate=st.integers(1 << 16, 1 << 30), sizes=st.lists(st.integers(1, PIECE), min_size=1, max_size=50),

@@ -73,6 +73,40 @@ class Bandwidth:
         return start
 
 
+class Line(trio.abc.HalfCloseableStream):
+    """A TCP connection whose last words arrive.
+
+    If a socket is closed that has data which nobody read, the kernel resets the connection, and what was sent
+    last is lost with it.  So what the peer still sends is read until it has noticed, for CLOSE_S at most.
+    """
+
+    def __init__(self, tcp: trio.SocketStream) -> None:
+        self._tcp = tcp
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._tcp.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._tcp.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._tcp.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._tcp.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        # it is cut off at once where nobody is there any more, or another task is still in it
+        gone = suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError)
+        try:
+            with trio.move_on_after(CLOSE_S), gone:
+                await self._tcp.send_eof()
+                while await self._tcp.receive_some(RECEIVED):
+                    pass
+        finally:
+            await trio.aclose_forcefully(self._tcp)
+
+
 class Link(trio.abc.AsyncResource):
     """A connection to another host.  One task may receive, while any number send.
 
@@ -111,7 +145,8 @@ class Link(trio.abc.AsyncResource):
         return data
 
     async def aclose(self) -> None:
-        with trio.move_on_after(CLOSE_S), suppress(trio.BrokenResourceError):
+        """Take leave, which takes 2 * CLOSE_S at most.  What was sent arrives if the peer receives."""
+        with trio.move_on_after(2 * CLOSE_S), suppress(trio.BrokenResourceError):
             await self._stream.aclose()
 
     def _pieces(self, data: bytes) -> Iterator[memoryview]:
@@ -208,9 +243,8 @@ async def _open(tcp: trio.SocketStream, peer: str, context: ssl.SSLContext | Non
     """A link over a connection that is there.  `name`: of the host that was called; None: this one was."""
     try:
         _watch(tcp)
-        stream: trio.abc.Stream = tcp
-        if context is not None:
-            stream = await _handshake(tcp, peer, context, name)
+        line = Line(tcp)
+        stream = line if context is None else await _handshake(line, peer, context, name)
         return Link(stream, peer, limits)
     except BaseException:
         await trio.aclose_forcefully(tcp)
@@ -225,31 +259,21 @@ def _watch(tcp: trio.SocketStream) -> None:
         tcp.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def _handshake(tcp: trio.SocketStream, peer: str, context: ssl.SSLContext,
-                     name: str | None) -> trio.SSLStream[trio.SocketStream]:
-    stream = trio.SSLStream(tcp, context, server_hostname=name, server_side=name is None)
+async def _handshake(line: Line, peer: str, context: ssl.SSLContext,
+                     name: str | None) -> trio.SSLStream[Line]:
+    stream = trio.SSLStream(line, context, server_hostname=name, server_side=name is None)
     try:
         with trio.fail_after(HANDSHAKE_S), _told(peer):
             await stream.do_handshake()
     except trio.TooSlowError:
         raise LinkBroken(f"{peer} did not finish the TLS handshake in {HANDSHAKE_S:.0f} seconds") from None
     except Untrusted:
-        await _tell(stream)
+        # the peer is told why: trio leaves OpenSSL's alert where it is
+        with trio.move_on_after(CLOSE_S), suppress(trio.BrokenResourceError):
+            await line.send_all(stream._outgoing.read())
+        await line.aclose()
         raise
     return stream
-
-
-async def _tell(stream: trio.SSLStream[trio.SocketStream]) -> None:
-    """Tell the peer why the handshake failed.  trio leaves OpenSSL's alert where it is.
-
-    The peer may have sent more meanwhile: if that were not read, the kernel would reset the connection, and
-    the alert would be lost with it.
-    """
-    with trio.move_on_after(CLOSE_S), suppress(trio.BrokenResourceError):
-        await stream.transport_stream.send_all(stream._outgoing.read())
-        await stream.transport_stream.send_eof()
-        while await stream.transport_stream.receive_some(RECEIVED):
-            pass
 
 
 @contextmanager
