@@ -13,6 +13,7 @@ from rich.text import Text
 from hostd.bench import facts, table
 from hostd.bench.measures import Result, Settings
 from hostd.ctl.bench_memory import memory_bench_command
+from hostd.ctl.bench_migrate import migrate_bench_command
 from hostd.ctl.bench_paper import paper_command
 from hostd.ctl.bench_spec import spec_command
 from hostd.ctl.formatting import print_fields, print_json, print_table, size
@@ -91,6 +92,7 @@ def bench_command(
 
 
 bench_command.add_command(memory_bench_command)
+bench_command.add_command(migrate_bench_command)
 bench_command.add_command(paper_command)
 bench_command.add_command(spec_command)
 
