@@ -95,7 +95,8 @@ class BatchEncoder:
     bytes, and from then on only what changed in it is sent.
 
     Invariant: what is remembered of a page is what the target has of it, if the batches of a round are all
-    installed before those of the next one, and no page is sent twice in a round.
+    installed before those of the next one, no page is in two of a round, and none that was in a batch is later
+    told by its digest.
     """
 
     def __init__(self, pages: int, *, delta: bool = True, zstd: bool = True,
@@ -116,11 +117,6 @@ class BatchEncoder:
         with self._lock:
             self._round += 1
             self._forget(self._page[(self._page >= 0) & (self._used < self._round - _ROUNDS)])
-
-    def forget(self, pages: np.ndarray) -> None:
-        """The target has got other contents of these pages than by batches."""
-        with self._lock:
-            self._forget(pages)
 
     def encode(self, pages: np.ndarray, contents: np.ndarray, absent: np.ndarray | None = None) -> Encoded:
         """The batch of `pages` (n integers, ascending, at most BATCH), which contain `contents` ((n, 4096)
