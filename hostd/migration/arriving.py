@@ -143,15 +143,16 @@ class Arrival:
         try:
             await trio.to_thread.run_sync(self._here.handovers.commit, self.token, self.definition, peer)
         except HostError:
-            self.stage = "ready"
+            self.stage = "over"
             raise
+        # Invariant: from here on nothing is raised that would have the source told that it is not
         self.stage = "committed"
         vm = Vm(self.definition, self._here.events)
         vm.block, self._block = self._block, None
         here = self._here
         here.departures.forget(vm.name)
         here.guests.add(vm)
-        async with here.guests.changing(vm):
+        async with vm.lock:
             vm.follow(Trigger.START)
             if saved.life is not None:
                 saved.life.give_to(vm)

@@ -48,6 +48,14 @@ class Conversation:
             raise LinkBroken(f"{self.link.peer} closed the connection")
         self._heard.extend(self.session.receive(data))
 
+    async def listen(self) -> None:
+        """Hear what the other end says, for `receive` to find, until cancelled: that it does not go on must
+        not wait until all is sent.  Raises Declined then."""
+        while not any(isinstance(message, (Aborted, Refuse)) for message in self._heard):
+            await self._hear()
+        raise Declined(next(message.reason for message in self._heard
+                            if isinstance(message, (Aborted, Refuse))))
+
     async def expect(self, kind: type[M]) -> M:
         """The answer that is due.  Raises Declined if the other end says no instead, besides what `receive`
         raises."""

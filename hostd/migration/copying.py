@@ -58,7 +58,7 @@ class Copying:
     def _digests(self, pages: np.ndarray) -> tuple[np.ndarray, bytes]:
         contents, _ = self._memory.read(pages)
         named = contents.view(np.uint64).any(axis=1)
-        return pages[named], encode_digests(pages[named], contents[named])
+        return pages[named], encode_digests(pages[named], contents[named]) if named.any() else b""
 
     async def _missing(self, named: np.ndarray) -> np.ndarray:
         answer = await self._talks[0].expect(Missing)
@@ -72,13 +72,16 @@ class Copying:
         self._progress.remaining_pages = len(pages)
         self._encoder.new_round()
         made, wanted = trio.open_memory_channel[Encoded](_AHEAD)
-        async with open_team() as nursery:
-            for talk in self._talks:
-                nursery.start_soon(self._pump, talk, wanted.clone())
-            wanted.close()
-            async with made:
-                for piece in pieces(pages, BATCH):
-                    await made.send(await trio.to_thread.run_sync(self._batch, piece))
+        async with open_team() as listeners:
+            listeners.start_soon(self._talks[0].listen)
+            async with open_team() as team:
+                for talk in self._talks:
+                    team.start_soon(self._pump, talk, wanted.clone())
+                wanted.close()
+                async with made:
+                    for piece in pieces(pages, BATCH):
+                        await made.send(await trio.to_thread.run_sync(self._batch, piece))
+            listeners.cancel_scope.cancel()
         for talk in self._talks:
             await talk.send(RoundEnd(self._progress.round))
 

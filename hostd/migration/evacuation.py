@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 
 import trio
 
 from hostd.errors import HostError
 from hostd.guests import Step
+from hostd.migration.belongings import family
 from hostd.migration.views import EvacuatedView, EvacuateRequest, MigrateRequest
 from hostd.vm import Vm
 
@@ -37,8 +38,18 @@ async def evacuate(vms: Sequence[Vm], migrate: Callable[[Vm], Awaitable[None]], 
             turns.release()
         step(f"{len(moved)} of {len(vms)} guests are there", (len(moved) + len(failed)) / len(vms))
 
-    async with trio.open_nursery() as nursery:
-        for vm in vms:
-            await turns.acquire()
-            nursery.start_soon(one, vm, name=f"evacuate {vm.name}")
+    for group in _leaders_first(vms):
+        async with trio.open_nursery() as nursery:
+            for vm in group:
+                await turns.acquire()
+                nursery.start_soon(one, vm, name=f"evacuate {vm.name}")
     return EvacuatedView(moved=moved, failed=failed, seconds=round(trio.current_time() - began, 3))
+
+
+def _leaders_first(vms: Sequence[Vm]) -> tuple[list[Vm], list[Vm]]:
+    """One of each family, and all others, whose memory the other host has for the most part by then."""
+    leaders: dict[Hashable, Vm] = {}
+    for vm in vms:
+        leaders.setdefault(family(vm.definition), vm)
+    first = list(leaders.values())
+    return first, [vm for vm in vms if vm not in first]

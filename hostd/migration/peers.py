@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from hostd.config import MigrationSection
+from hostd.errors import ConfigError, Failed
 from hostd.migration import security
 from hostd.migration.capabilities import CAPABILITIES
 from hostd.migration.conversation import Conversation, call
@@ -17,6 +18,14 @@ from hostd.migration.messages import Purpose
 def offered(config: MigrationSection) -> tuple[str, ...]:
     """The capabilities this host names."""
     return tuple(name for name in CAPABILITIES if name != "postcopy" or config.post_copy)
+
+
+def certificate(config: MigrationSection) -> security.Tls | None:
+    """This host's certificate, as it is on the disk now: it may have been renewed.  Raises Failed."""
+    try:
+        return security.load(config.tls)
+    except ConfigError as error:
+        raise Failed(f"the certificate of this host cannot be used: {error}") from None
 
 
 class Peer:
@@ -32,7 +41,7 @@ class Peer:
     async def open(self, purpose: Purpose) -> AsyncIterator[Conversation]:
         """A connection for this purpose.  Raises Invalid (nothing may go there in plain), LinkBroken,
         Untrusted, ProtocolError, Declined."""
-        tls = security.load(self._config.tls)
+        tls = certificate(self._config)
         link = await dial(self._host, self._port, tls, self._config.allow_plain, self._limits)
         async with link:
             yield await call(link, purpose, offered(self._config))

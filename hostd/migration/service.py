@@ -17,7 +17,7 @@ from hostd.migration.conversation import Conversation
 from hostd.migration.departures import Departed
 from hostd.migration.here import Here
 from hostd.migration.links import Bandwidth
-from hostd.migration.peers import Peer
+from hostd.migration.peers import Peer, certificate
 from hostd.migration.progress import Progress
 from hostd.migration.restarting import Restarting
 from hostd.migration.source import Emigration
@@ -163,7 +163,7 @@ class Migrations:
                 await links.serve(self._listener, self._target.attend, self._tls, limit)
 
     def _tls(self) -> security.Tls | None:
-        return security.load(self._here.config().migration.tls)
+        return certificate(self._here.config().migration)
 
     async def go_down(self) -> None:
         """Call off what can be called off, and wait until it is.  What is in doubt stays so for the next

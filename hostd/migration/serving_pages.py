@@ -23,7 +23,7 @@ from hostd.nursery import open_team
 log = logging.getLogger(__name__)
 
 #: pages sent unasked at a time: those that are asked for wait no longer than for so many
-_PIECE = 32
+_PIECE = 64
 
 
 async def serve(peer: Peer, talk: Conversation, memory: OutgoingMemory, left: np.ndarray,

@@ -30,7 +30,7 @@ from vmm.state import STATE_VERSION
 
 #: handing over an idle guest takes so long beside the time that words travel: stopping it, loading its state,
 #: writing a record (measured)
-OVERHEAD_S = 0.01
+OVERHEAD_S = 0.012
 #: how long it is waited for that the other host hears of a cancellation
 _PARTING_S = 1.0
 
