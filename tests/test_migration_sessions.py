@@ -14,7 +14,7 @@ from hostd.migration.incoming import Incoming
 from hostd.migration.messages import BlobPiece, Digests, Pages, Purpose, Said, encode
 from hostd.migration.order import ORDER, SAYS, State
 from hostd.migration.outgoing import Outgoing
-from hostd.migration.pages import encode_digests, pack_bitmap
+from hostd.migration.pages import encode_digests
 from hostd.migration.session import Session
 from hostd.migration.wire import MAGIC, ProtocolError, Spoken, preamble
 from tests.migration_talk import (
@@ -23,7 +23,6 @@ from tests.migration_talk import (
     CAPABILITIES,
     CONVERSATIONS,
     DIGESTS,
-    HELLO,
     LEFT,
     OFFER,
     PAGES,
@@ -107,7 +106,7 @@ def refuses_everything(end: Session) -> None:
 # --- the beginning ------------------------------------------------------------------------------------------
 
 def test_hosts_a_version_apart_speak_the_older_one() -> None:
-    source, target = Outgoing("migrate", spoken=Spoken(2, 1)), Incoming(spoken=Spoken(1, 1))
+    source, target = Outgoing("migrate", Spoken(2, 1)), Incoming(Spoken(1, 1))
     target.receive(source.preamble())
     source.receive(target.preamble())
     assert source.version == target.version == 1
@@ -115,7 +114,7 @@ def test_hosts_a_version_apart_speak_the_older_one() -> None:
 
 
 def test_hosts_two_versions_apart_part_in_one_sentence() -> None:
-    source, target = Outgoing("migrate", spoken=Spoken(3, 2)), Incoming(spoken=Spoken(1, 1))
+    source, target = Outgoing("migrate", Spoken(3, 2)), Incoming(Spoken(1, 1))
     with pytest.raises(ProtocolError, match=r"versions 2 to 3 .* this one version 1: update the older"):
         target.receive(source.preamble())
     with pytest.raises(ProtocolError, match="speaks version 1 of"):
@@ -321,12 +320,3 @@ def test_little_is_kept_of_a_peer_that_sends_much(state: str, turns: int, limit:
         assert target._splitter.kept == 0
         return
     raise AssertionError("it took everything")
-
-
-def test_a_resumed_session_knows_the_pages_it_is_made_with() -> None:
-    ends: dict[str, Session] = {S: Outgoing("resume", pages=256), T: Incoming(pages=256)}
-    ends[T].receive(ends[S].preamble())
-    ends[S].receive(ends[T].preamble())
-    hold(ends, [(S, replace(HELLO, purpose="resume")), (T, said.Welcome("", CAPABILITIES)),
-                (S, said.Resume(TOKEN)), (T, said.Resumed(TOKEN, pack_bitmap([3], 256)))])  # type: ignore
-    refused(ends, T, said.Want([256]), "not in the memory")

@@ -7,20 +7,20 @@ from collections.abc import Callable, Mapping
 
 import hostd
 from hostd.migration.capabilities import CAPABILITIES, SPOKEN
-from hostd.migration.messages import MAX_PAGES, Bye, Cancel, Hello, Purpose, Said, reason_of
+from hostd.migration.messages import Bye, Cancel, Hello, Purpose, Said, reason_of
 from hostd.migration.order import State
 from hostd.migration.session import Session
 from hostd.migration.wire import Spoken
 
 
 class Outgoing(Session):
-    """A session that the source has.  `pages` are the guest's, for connections on which no Offer is made."""
+    """A session that the source has."""
 
     _end = "source"
     _other = "target"
 
-    def __init__(self, purpose: Purpose, *, pages: int = MAX_PAGES, spoken: Spoken = SPOKEN) -> None:
-        super().__init__(pages=pages, spoken=spoken)
+    def __init__(self, purpose: Purpose, spoken: Spoken = SPOKEN) -> None:
+        super().__init__(spoken)
         self._purpose = purpose
 
     def hello(self, capabilities: tuple[str, ...] = CAPABILITIES) -> bytes:

@@ -95,8 +95,8 @@ class BatchEncoder:
     bytes, and from then on only what changed in it is sent.
 
     Invariant: what is remembered of a page is what the target has of it, if the batches of a round are all
-    installed before those of the next one, no page is in two of a round, and none that was in a batch is later
-    told by its digest.
+    installed before those of the next one, no page is in two of a round, and none that was in a batch is told
+    by its digest later.
     """
 
     def __init__(self, pages: int, *, delta: bool = True, zstd: bool = True,

@@ -44,7 +44,7 @@ from vmm.memory.pool import PAGE
 class Facts:
     """What was said so far on one connection."""
 
-    #: pages of the guest; on a connection without an Offer whoever made the session knows it
+    #: pages of the guest, where an Offer told them; else no guest has more
     pages: int = MAX_PAGES
     purpose: Purpose = "migrate"
     #: capabilities the source named, and from Welcome on those in force

@@ -8,7 +8,7 @@ order of messages (order.py) and what they must agree with (rules.py); it has no
 from __future__ import annotations
 
 from hostd.migration import capabilities, wire
-from hostd.migration.messages import MAX_PAGES, Said, decode, encode, limits_of
+from hostd.migration.messages import Said, decode, encode, limits_of
 from hostd.migration.order import ORDER, SAYS, End, State
 from hostd.migration.rules import Facts, check
 from hostd.migration.wire import Kind, ProtocolError, Splitter, Spoken
@@ -23,10 +23,10 @@ class Session:
     _end: End
     _other: End
 
-    def __init__(self, *, pages: int = MAX_PAGES, spoken: Spoken = capabilities.SPOKEN) -> None:
+    def __init__(self, spoken: Spoken = capabilities.SPOKEN) -> None:
         self.state: State = "preamble"
         #: what was agreed; for others to read
-        self.facts = Facts(pages)
+        self.facts = Facts()
         self.version: int | None = None
         self._spoken = spoken
         self._splitter = Splitter()
