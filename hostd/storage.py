@@ -73,6 +73,41 @@ def _sync(partial: Path, path: Path) -> None:
         os.fsync(file.fileno())
 
 
+class Prepared:
+    """A new file whose contents are on the disk already, so that it takes little to have it there.
+
+    The methods raise Failed, and then there is no such file.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self._path = path
+        self._partial = path.with_name(PARTIAL + path.name)
+        try:
+            with told_plainly(path):
+                self._partial.write_bytes(data)
+            _sync(self._partial, path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def commit(self) -> None:
+        """Have it there, durably."""
+        try:
+            with told_plainly(self._path):
+                os.rename(self._partial, self._path)
+                sync_directory(self._path.parent)
+        except BaseException:
+            self.discard()
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+            raise
+
+    def discard(self) -> None:
+        """It is not wanted any more."""
+        with suppress(OSError):
+            self._partial.unlink(missing_ok=True)
+
+
 def remove(path: Path) -> None:
     """Remove `path`, durably."""
     with told_plainly(path):

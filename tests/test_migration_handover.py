@@ -211,3 +211,15 @@ def test_a_malformed_record_is_set_aside(tmp_path: Path, change: dict[str, Any] 
     assert [record.vm for record in Handovers(tmp_path).fenced()] == ["good"]
     assert path.with_suffix(".broken").read_bytes() == content
     assert [record.message for record in caplog.records] == ["file set aside"]
+
+
+def test_a_prepared_record_is_none_until_it_is_committed(tmp_path: Path) -> None:
+    handovers = Handovers(tmp_path)
+    with handovers.expected(TOKEN):
+        handovers.prepare(TOKEN, WEB, PEER)
+        assert not handovers.unkept() and not (tmp_path / "migrations" / f"{TOKEN}.json").exists()
+    assert not list((tmp_path / "migrations").iterdir())
+    with handovers.expected(TOKEN):
+        handovers.prepare(TOKEN, WEB, PEER)
+        handovers.commit(TOKEN, WEB, PEER)
+    assert [record.token for record in Handovers(tmp_path).unkept()] == [TOKEN]

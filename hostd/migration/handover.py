@@ -121,8 +121,9 @@ class Handovers:
         self._records = {record.token: record for record in storage.load_all(self._directory, Record, _check)}
         #: those that an earlier daemon wrote
         self._found = frozenset(self._records)
-        #: tokens that are expected or committing
+        #: tokens that are expected or committing, and records that are ready for them
         self._arriving: dict[str, Arriving] = {}
+        self._prepared: dict[str, tuple[Record, storage.Prepared]] = {}
 
     def knows(self, token: str) -> bool:
         """Whether there is a record or a session by this token."""
@@ -163,6 +164,15 @@ class Handovers:
             yield
         finally:
             self._move(token, "lost")
+            _, prepared = self._prepared.pop(token, (None, None))
+            if prepared is not None:
+                prepared.discard()
+
+    def prepare(self, token: str, definition: Definition, peer: str) -> None:
+        """Have the record for `commit` ready: the guest stands still while that writes.  Raises Failed.
+        Writes."""
+        record = _committed(token, definition, peer)
+        self._prepared[token] = record, storage.Prepared(self._path(token), _encode(record))
 
     def commit(self, token: str, definition: Definition, peer: str) -> None:
         """The guest is this host's.  Raises Conflict (broken off) or Failed: then it never is.  Writes."""
@@ -171,9 +181,12 @@ class Handovers:
             if len(self._records) >= MAX_RECORDS:
                 raise Failed(f"{MAX_RECORDS} hand-overs are not over: if the hosts in question are gone for "
                              f"good, remove their records from {self._directory}")
-            record = Record(token=token, phase="committed", vm=definition.name, peer=peer,
-                            definition=definition, time=time.time())
-            self._write_first(record)
+            record, prepared = self._prepared.pop(token, (None, None))
+            if record is not None and prepared is not None:
+                prepared.commit()
+            else:
+                record = _committed(token, definition, peer)
+                self._write_first(record)
         except BaseException:
             self._move(token, "not written")
             raise
@@ -234,6 +247,11 @@ class Handovers:
             with suppress(Failed):
                 storage.remove(path)
             raise
+
+
+def _committed(token: str, definition: Definition, peer: str) -> Record:
+    return Record(token=token, phase="committed", vm=definition.name, peer=peer, definition=definition,
+                  time=time.time())
 
 
 def _encode(record: Record) -> bytes:

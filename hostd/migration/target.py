@@ -61,6 +61,8 @@ class Target:
         self._note = note
         self._totals = totals
         self._indexes = Indexes(here.guests, here.memory)
+        #: guests that come in at a time; others wait for their Accept
+        self._turns = trio.Semaphore(here.config().migration.max_incoming)
         #: guests that arrive, and those of which pages are still missing, by token
         self._arrivals: dict[str, Arrival] = {}
         self._by_purpose: dict[Purpose, Callable[[Conversation], Awaitable[None]]] = {
@@ -128,13 +130,15 @@ class Target:
         """Whether the guest is here now, with all its pages."""
         token, images = offer.token, self._here.images
         missing = [sha256 for sha256, _ in offer.blobs if not images.has_blob(sha256)]
-        async with self._indexes.of(definition) as index:
+        async with self._turns, self._indexes.of(definition) as index:
             share = bool(offer.siblings or self._indexes.members(definition))
             arrival = Arrival(self._here, token, definition, index, share, offer.connections, progress)
             self._arrivals[token] = arrival
             try:
                 dedup = bool(index) and talk.agreed("dedup")
                 await talk.send(Accept(token, missing, dedup, offer.connections))
+                await trio.to_thread.run_sync(self._here.handovers.prepare, token, definition,
+                                              talk.link.peer)
                 committed = await self._receive(talk, offer, arrival)
                 if committed and arrival.fetching is not None:
                     await arrival.fetching.run(talk)
