@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 import trio
 
 from hostd.errors import Conflict, Failed
 from hostd.lifecycle import State
+from hostd.migration.departures import Departed
 from hostd.migration.totals import Totals
 from hostd.migration.views import EvacuatedView, EvacuateRequest, MigrateRequest, MigrationView
 from hostd.model import VmView
@@ -18,12 +18,6 @@ from hostd.operations import Operation
 
 #: peers: one that nobody reaches, and one that memory goes to for ever
 NOWHERE, SLOW = "nowhere", "slow:9178"
-
-
-@dataclass
-class Departed:
-    peer: str
-    token: str
 
 
 class MemoryMigrations:

@@ -7,13 +7,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Literal
 
+from hostd.migration.progress import OVER
 from hostd.migration.views import KINDS, PHASES, MigrationView
 
 #: of MigrationView.direction
 DIRECTIONS: tuple[Literal["out", "in"], ...] = ("out", "in")
-#: phases that a migration ends in; all others are under way
-OUTCOMES = ("done", "failed", "cancelled")
-UNDER_WAY = tuple(phase for phase in PHASES if phase not in OUTCOMES)
+OUTCOMES = tuple(phase for phase in PHASES if phase in OVER)
+UNDER_WAY = tuple(phase for phase in PHASES if phase not in OVER)
 #: what bytes went for: pages by kind, and all that is no page
 BYTES = (*KINDS, "other")
 
@@ -43,8 +43,8 @@ class Totals:
         self.bytes = {(direction, kind): 0 for direction in DIRECTIONS for kind in BYTES}
         self.pages = {(direction, kind): 0 for direction in DIRECTIONS for kind in KINDS}
         #: by direction, of those that were done: how long the guest stood still, and how long it all took
-        self.downtime = {direction: Histogram(DOWNTIME_BOUNDS) for direction in DIRECTIONS}
-        self.duration = {direction: Histogram(DURATION_BOUNDS) for direction in DIRECTIONS}
+        self.downtime: dict[str, Histogram] = {way: Histogram(DOWNTIME_BOUNDS) for way in DIRECTIONS}
+        self.duration: dict[str, Histogram] = {way: Histogram(DURATION_BOUNDS) for way in DIRECTIONS}
 
     def finished(self, view: MigrationView) -> None:
         """Count a migration that has come to one of `OUTCOMES`.  A dry run is none."""
