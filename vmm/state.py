@@ -114,7 +114,7 @@ def decode(data: bytes) -> MachineState:
     """The state `encode` wrote.  Raises StateError on anything else."""
     try:
         state = _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:   # msgspec's errors are ValueErrors, as are those of UTF-8
         raise StateError(f"not a machine state: {error}") from None
     if state.version != STATE_VERSION:
         raise StateError(f"machine state version {state.version}, this hostd reads {STATE_VERSION}")

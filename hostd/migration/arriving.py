@@ -33,7 +33,6 @@ from hostd.saved import SavedVm
 from hostd.vm import Vm
 from vmm import loadable
 from vmm.memory.block import VmBlock
-from vmm.state import StateError
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class Arrival:
         try:
             saved = msgspec.json.decode(final.life, type=SavedVm)
             loadable.check(final.state, block, self.definition.vmm, self._here.tsc_khz())
-        except (msgspec.MsgspecError, StateError) as error:
+        except (ValueError, RecursionError) as error:       # of JSON, of UTF-8, or a StateError
             raise Failed(f"its state cannot be loaded here: {error}") from None
         if saved.life is None or saved.life.paused != final.paused:
             raise ProtocolError("a guest came that is not in the middle of its life")

@@ -110,7 +110,7 @@ class Target:
         here = self._here
         try:
             definition = msgspec.json.decode(offer.definition, type=Definition)
-        except msgspec.MsgspecError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"an offer with a definition that is none: {error}") from None
         if (definition.name, definition.memory, definition.vmm) != (offer.name, offer.memory_bytes,
                                                                     offer.monitor):
