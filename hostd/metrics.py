@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The host as Prometheus sees it.
 
-Nothing is counted here: every scrape reads the host's views, and those read the counters in shared memory.
-So a VM that is gone is gone from the next scrape, and no label set outlives what it describes.
+Nothing is counted here: every scrape reads the host's views, and those read the counters in shared memory;
+migrations that are over are added up elsewhere (hostd/migration/totals.py).  So a VM that is gone is gone
+from the next scrape, and no label set outlives what it describes.
 
 Cardinality: a VM has a fixed number of series and at most two for each reason of `REASONS`; everything else
-is bounded by the number of workers or by tables in this file.
+is bounded by the number of workers or by tables in this file.  While a VM migrates it has a few more.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +29,8 @@ from starlette.types import ASGIApp
 
 from hostd.host import Host
 from hostd.lifecycle import State
+from hostd.migration.totals import UNDER_WAY, Histogram
+from hostd.migration.views import MigrationView
 from hostd.model import PAGE, PRESSURES, ExitRow, MemoryView, VmView, WorkerView
 from hostd.scheduler import LATENCY_BOUNDS_NS
 from vmm.exitcodes import ExitCode
@@ -185,6 +188,30 @@ TRANSLATOR_METRICS = (
          lambda translator: [((), translator.used_bytes)]),
 )
 
+#: of migrations that are over
+MIGRATION_METRICS = (
+    _Row(CounterMetricFamily, "hostd_migrations", "Migrations that are over, by what they came to.",
+         ("direction", "outcome"), lambda totals: totals.migrations.items()),
+    _Row(CounterMetricFamily, "hostd_migration_bytes", "Sent or received for migrations that are over.",
+         ("direction", "kind"), lambda totals: totals.bytes.items()),
+    _Row(CounterMetricFamily, "hostd_migration_pages", "Pages of guests in migrations that are over.",
+         ("direction", "kind"), lambda totals: totals.pages.items()),
+)
+
+#: of every VM that migrates now; `name`, the VM's, is the first label of each
+VM_MIGRATION_METRICS = (
+    _Row(GaugeMetricFamily, "hostd_vm_migration_phase", "1 for the phase its migration is in, 0 for others.",
+         ("phase",), lambda view: [((phase,), phase == view.phase) for phase in UNDER_WAY]),
+    _Row(GaugeMetricFamily, "hostd_vm_migration_round", "Times its memory was gone through.", (),
+         lambda view: [((), view.round)]),
+    _Row(GaugeMetricFamily, "hostd_vm_migration_remaining_bytes", "Memory that is still to be moved.", (),
+         lambda view: [((), view.remaining_pages * PAGE)]),
+    _Row(GaugeMetricFamily, "hostd_vm_migration_dirty_pages_per_second", "Pages the guest writes to.", (),
+         lambda view: [((), view.dirty_rate)]),
+    _Row(GaugeMetricFamily, "hostd_vm_migration_throughput_bytes_per_second", "What goes over the wire.", (),
+         lambda view: [((), view.throughput)]),
+)
+
 
 def _known(value: object, kinds: Mapping[str, str]) -> list[_Sample]:
     """Samples by kind of those attributes of `value` that are not None."""
@@ -223,14 +250,28 @@ class HostCollector(Collector):
         yield _count_by_state(views)
         yield from _families(VM_METRICS, ("name",), [((vm.name,), vm) for vm in views])
         yield from _exits((vm.name, self._host.exits(vm.name)) for vm in views)
+        yield from self._migrations()
 
     def _latency(self) -> Metric:
         counts, seconds = self._host.latency()
-        bounds = [*(str(bound / 1e9) for bound in LATENCY_BOUNDS_NS), "+Inf"]
         return HistogramMetricFamily(
             "hostd_scheduler_wakeup_latency_seconds",
             "Time from the wake-up of a halted guest to its turn on a CPU.",
-            buckets=list(zip(bounds, accumulate(counts), strict=True)), sum_value=seconds)
+            buckets=_buckets([bound / 1e9 for bound in LATENCY_BOUNDS_NS], counts), sum_value=seconds)
+
+    def _migrations(self) -> Iterator[Metric]:
+        migrations = self._host.migrations
+        totals = migrations.totals
+        yield from _families(MIGRATION_METRICS, (), [((), totals)])
+        yield _by_direction("hostd_migration_downtime_seconds",
+                            "How long guests stood still to be handed over.", totals.downtime)
+        yield _by_direction("hostd_migration_duration_seconds",
+                            "Length of migrations that were done.", totals.duration)
+        # one a VM: no series must be there twice
+        under_way = {view.vm: view for view in migrations.list() if view.phase in UNDER_WAY}
+        yield _count_by_phase(under_way.values())
+        yield from _families(VM_MIGRATION_METRICS, ("name",),
+                             [((name,), view) for name, view in under_way.items()])
 
 
 def _families(rows: Iterable[_Row], labels: tuple[str, ...],
@@ -251,6 +292,29 @@ def _count_by_state(views: Iterable[VmView]) -> Metric:
     family = GaugeMetricFamily("hostd_vms", "VMs by state.", labels=("state",))
     for state, vms in count.items():
         family.add_metric((state.value,), vms)
+    return family
+
+
+def _count_by_phase(under_way: Iterable[MigrationView]) -> Metric:
+    count = dict.fromkeys(UNDER_WAY, 0)
+    for view in under_way:
+        count[view.phase] += 1
+    family = GaugeMetricFamily("hostd_migrations_under_way", "VMs that migrate now, by phase.",
+                               labels=("phase",))
+    for phase, views in count.items():
+        family.add_metric((phase,), views)
+    return family
+
+
+def _buckets(bounds: Sequence[float], counts: Iterable[int]) -> list[tuple[str, float]]:
+    """Counts by bucket, of which there is one more than bounds, as Prometheus has them: cumulative."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))
+
+
+def _by_direction(name: str, help: str, histograms: Mapping[str, Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, help, labels=("direction",))
+    for direction, histogram in histograms.items():
+        family.add_metric((direction,), _buckets(histogram.bounds, histogram.counts), histogram.sum)
     return family
 
 

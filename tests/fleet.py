@@ -9,6 +9,8 @@ import msgspec
 
 from hostd.host import Host
 from hostd.lifecycle import Policy, State
+from hostd.migration.totals import Totals
+from hostd.migration.views import MigrationView
 from hostd.model import (
     PAGE,
     CpuTimes,
@@ -29,6 +31,17 @@ from vmm.exitcodes import ExitCode, exit_name
 MIB = 1 << 20
 
 
+class Migrations:
+    """The part of `Host.migrations` that only looks."""
+
+    def __init__(self) -> None:
+        self.views: list[MigrationView] = []
+        self.totals = Totals()
+
+    def list(self) -> list[MigrationView]:
+        return self.views
+
+
 class Fleet:
     """The part of `Host` that only looks, over guests that lead the same busy life; `live` passes time."""
 
@@ -38,6 +51,7 @@ class Fleet:
         self.restarts = 0
         self.translators: dict[int, TranslatorView] = {}
         self.latencies = [0] * (len(LATENCY_BOUNDS_NS) + 1)
+        self.migrations = Migrations()
         for name in names:
             self.add(name)
 
