@@ -166,23 +166,36 @@ class Guests:
         """Type at the guest's console.  While it stands still on its way to another host what is typed is
         kept, and goes with it.  Raises Conflict if nothing reads its console."""
         if vm.state not in (State.RUNNING, State.MIGRATING):
-            raise Conflict(f"VM {vm.name} is {vm.state}: nothing reads its console")
+            raise _unread(vm)
         if not vm.away:
             # the lock waits for a move or a clone to end: what is typed meanwhile would be lost
             async with self.changing(vm):
-                await self._type(vm, data)
-        elif vm.state is State.RUNNING:
-            await self._type(vm, data)
+                await self._room(vm)
+                self._type(vm, data)
+            return
+        await self._room(vm)
+        # from here on in one step: it may be stopped at any moment
+        if not vm.keeps_typed:
+            self._type(vm, data)
         elif len(vm.typed) + len(data) <= MAX_TYPED:
             vm.typed += data
         else:
             raise Conflict(vm.away)
 
-    async def _type(self, vm: Vm, data: bytes) -> None:
+    async def _room(self, vm: Vm) -> None:
         if vm.worker is not None:
             await vm.worker.room()
-        if vm.worker is not None:
-            vm.worker.send(protocol.Input(vm.lease, data))
+
+    def _type(self, vm: Vm, data: bytes) -> None:
+        if vm.state is not State.RUNNING or vm.worker is None:
+            raise Conflict(vm.away) if vm.away else _unread(vm)
+        vm.worker.send(protocol.Input(vm.lease, data))
+
+    def type_kept(self, vm: Vm) -> None:
+        """The guest runs: what was typed while it stood still is typed now."""
+        typed, vm.typed, vm.keeps_typed = vm.typed, b"", False
+        if typed:
+            self._type(vm, typed)
 
     async def reset(self, vm: Vm, step: Step) -> None:
         async with self.changing(vm):
@@ -407,3 +420,7 @@ class Guests:
         vm.ledger.fold(block)
         self._memory.books.free(block)
         self.leases.feed_hungry()
+
+
+def _unread(vm: Vm) -> Conflict:
+    return Conflict(f"VM {vm.name} is {vm.state}: nothing reads its console")

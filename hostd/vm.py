@@ -74,8 +74,9 @@ class Vm:
         self.destroyed = False
         #: why nobody may change it, in a sentence: it is on its way to another host, or may be there
         self.away = ""
-        #: what was typed since it stands still for that
+        #: what was typed since it stands still for that; whether more is kept, which may be no other host's
         self.typed = b""
+        self.keeps_typed = False
         self.born = 0.0
         self.boots = 0
         self.crashes = 0

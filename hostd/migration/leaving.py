@@ -54,17 +54,18 @@ class Leaving:
 
     def __init__(self, here: Here, vm: Vm, peer: Peer, progress: Progress) -> None:
         self.doubt = Doubt(progress.token)
-        #: what is in it is not to be cancelled by a user; the host lets go of the shield when it goes down
-        self.shield = trio.CancelScope(shield=True)
+        #: round all of the migration; shielded once it is not to be cancelled by a user, until the host goes
+        #: down
+        self.scope = trio.CancelScope()
         self._here = here
         self._vm = vm
         self._peer = peer
         self._progress = progress
 
     async def run(self, talks: Sequence[Conversation], copying: Copying, written: DirtyLog, left: np.ndarray,
-                  later: bool, definition: Definition, patience: trio.CancelScope) -> None:
+                  later: bool, definition: Definition) -> None:
         """Hand the guest over.  `left`: pages that were not sent yet; `later`: they are fetched when the
-        guest runs there.  `patience` is the scope of all that a user may call off.
+        guest runs there.
 
         Raises HostError, and the guest is here.
         """
@@ -82,9 +83,8 @@ class Leaving:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(handovers.forget, token)
             raise
-        with self.shield:
-            patience.deadline = float("inf")
-            await self._commit(talk, stopped, left)
+        self.scope.shield = True
+        await self._commit(talk, stopped, left)
 
     async def _stop(self) -> Stopped:
         vm = self._vm
@@ -94,7 +94,12 @@ class Leaving:
         if paused:
             vm.parked = b""
             return Stopped(state, time.monotonic_ns(), True)
-        released = await self._here.guests.leases.release(vm)
+        vm.typed, vm.keeps_typed = b"", True
+        try:
+            released = await self._here.guests.leases.release(vm)
+        except HostError:
+            vm.keeps_typed = False
+            raise
         return Stopped(released.state, released.at_ns, False)
 
     async def _go_on(self, stopped: Stopped) -> None:
@@ -103,10 +108,12 @@ class Leaving:
         with trio.CancelScope(shield=True):
             try:
                 if not stopped.paused:
+                    vm.keeps_typed = True
                     await self._here.guests.hand_over(vm, stopped.state, Trigger.MOVED, stopped.at_ns)
-                    await self._here.guests.type(vm, self._take_typed())
+                    self._here.guests.type_kept(vm)
                     return
             except HostError as error:
+                vm.keeps_typed = False
                 log.error("guest does not go on", extra={"vm": vm.name, "why": str(error)})
             if vm.state is State.MIGRATING:
                 vm.parked = stopped.state
@@ -154,7 +161,9 @@ class Leaving:
         try:
             with trio.fail_after(ANSWER_S):
                 elapsed = 0 if stopped.paused else time.monotonic_ns() - stopped.at_ns + talk.rtt_ns // 2
-                await talk.send(Commit(self._progress.token, elapsed, self._take_typed()))
+                # what is typed from here on is refused: it may be the other host's guest that it is for
+                self._vm.keeps_typed = False
+                await talk.send(Commit(self._progress.token, elapsed, self._vm.typed))
                 await talk.expect(Committed)
             return None
         except Declined as error:
@@ -166,10 +175,6 @@ class Leaving:
             self._vm.away = self._vm.reason = self._here.handovers.doubt_sentence(self._progress.token)
             self._vm.activity.notify()
             return None if await self.doubt.resolve(self._peer) else "it was given back, or reclaimed"
-
-    def _take_typed(self) -> bytes:
-        typed, self._vm.typed = self._vm.typed, b""
-        return typed
 
     async def _depart(self, talk: Conversation) -> None:
         """The guest is gone, and so is all that it had here."""

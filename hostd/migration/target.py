@@ -85,6 +85,8 @@ class Target:
     async def _migrate(self, talk: Conversation) -> None:
         offer = await talk.expect(Offer)
         definition = self._examine(offer)
+        # a guest that is stopped for it must not wait for one
+        await self._here.guests.workers.wait_ready()
         admission = self._here.admission
         with (self._here.handovers.expected(offer.token), admission.reserve([definition.name]),
               admission.promise([definition])):
