@@ -54,18 +54,17 @@ class Leaving:
 
     def __init__(self, here: Here, vm: Vm, peer: Peer, progress: Progress) -> None:
         self.doubt = Doubt(progress.token)
-        #: round all of the migration; shielded once it is not to be cancelled by a user, until the host goes
-        #: down
-        self.scope = trio.CancelScope()
+        #: what is in it is not to be cancelled by a user; the host lets go of the shield when it goes down
+        self.shield = trio.CancelScope(shield=True)
         self._here = here
         self._vm = vm
         self._peer = peer
         self._progress = progress
 
     async def run(self, talks: Sequence[Conversation], copying: Copying, written: DirtyLog, left: np.ndarray,
-                  later: bool, definition: Definition) -> None:
+                  later: bool, definition: Definition, patience: trio.CancelScope) -> None:
         """Hand the guest over.  `left`: pages that were not sent yet; `later`: they are fetched when the
-        guest runs there.
+        guest runs there.  `patience` is the scope of all that a user may call off.
 
         Raises HostError, and the guest is here.
         """
@@ -83,8 +82,9 @@ class Leaving:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(handovers.forget, token)
             raise
-        self.scope.shield = True
-        await self._commit(talk, stopped, left)
+        with self.shield:
+            patience.deadline = float("inf")
+            await self._commit(talk, stopped, left)
 
     async def _stop(self) -> Stopped:
         vm = self._vm
