@@ -255,8 +255,7 @@ def _fleet(case: FleetCase, template: Template, settings: Settings) -> Row:
             except CtlError as error:
                 tally.findings.append(str(error))
                 break
-    row = _row(case.name, "hostd", LOOPBACK, tally, None, None, None)
-    return msgspec.structs.replace(row, guests=settings.guests)
+    return _fleet_row(case, "hostd", tally, settings)
 
 
 def _qemu_fleet(case: FleetCase, template: Template, settings: Settings) -> Iterator[Row]:
@@ -275,8 +274,12 @@ def _qemu_fleet(case: FleetCase, template: Template, settings: Settings) -> Iter
                 tally.moved.append(Moved(median(one.downtime for one in moved),
                                          sum(one.total for one in moved) * scale,
                                          round(sum(one.bytes for one in moved) * scale)))
-        row = _row(case.name, way.by, LOOPBACK, tally, None, None, None)
-        yield msgspec.structs.replace(row, guests=settings.guests)
+        yield _fleet_row(case, way.by, tally, settings)
+
+
+def _fleet_row(case: FleetCase, by: str, tally: _Tally, settings: Settings) -> Row:
+    row = _row(case.name, by, LOOPBACK, tally, None, None, None)
+    return msgspec.structs.replace(row, guests=settings.guests, moved=row.moved * settings.guests)
 
 
 def failures(rows: Sequence[Row]) -> list[str]:

@@ -22,9 +22,10 @@ from hostd.bench.migrate_program import LINES_PER_SECOND
 from hostd.bench.soak_work import COMPLAINTS
 from hostd.ctl.errors import CtlError
 
-#: a prompt may stand before it, and the echo of what is typed, which is letters, behind it
-_COUNTER = re.compile(r"c (\d+) (\d+) (\d+) (\d+)(?!\d)")
-_BAD = re.compile(r"b (\d+ \d+ \d+ \d+ \d+)(?!\d)")
+#: a prompt may stand before it, which asks for the cursor's position, and the echo of what is typed behind it
+_CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
+_COUNTER = re.compile(r"(?<!\w)c (\d+) (\d+) (\d+) (\d+)(?!\d)")
+_BAD = re.compile(r"(?<!\w)b (\d+ \d+ \d+ \d+ \d+)(?!\d)")
 _COMPLAINT = re.compile(COMPLAINTS)
 _CLOCK = 1 << 32
 #: lines from which a difference of clocks is told
@@ -71,7 +72,7 @@ class Witness:
         """More of the console's output, which came at `now`, seconds of the host's monotonic clock."""
         self.said += data
         while (end := self.said.find(b"\n", self._begin)) >= 0:
-            self._line(self.said[self._begin:end].decode(errors="replace").strip(), now)
+            self._line(_CONTROL.sub("", self.said[self._begin:end].decode(errors="replace")).strip(), now)
             self._begin = end + 1
 
     def _line(self, text: str, now: float) -> None:

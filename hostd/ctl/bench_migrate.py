@@ -106,9 +106,10 @@ def show(report: Report) -> None:
     ])  # fmt: skip
     click.echo()
     print_table(
-        ["CASE", "BY", ">MOVED", ">DOWNTIME", ">STILL", ">USUAL", ">CLOCK LOST", ">TOTAL", ">BYTES",
-         ">WRITTEN/S", ">WRONG"],
+        ["CASE", "BY", ">MOVED", ">DOWNTIME", ">STILL", ">USUAL", ">CLOCK LOST", ">IN ALL", ">TOTAL",
+         ">BYTES", ">WRITTEN/S", ">WRONG"],
         [[row.case, row.by, row.moved, _ms(row.downtime), _ms(row.still), _ms(row.usual), _ms(row.lost),
+          _ms(row.drift),
           dash(None if row.total is None else f"{row.total:.2f} s"),
           dash(None if row.bytes is None else size(row.bytes)),
           dash(None if row.rate is None else f"{row.rate:.0f}"), len(row.findings) or "-"]
