@@ -79,8 +79,8 @@ def test_memory_is_the_same_after_any_rounds(rounds: list[dict[int, int]], delta
             if len(half):
                 encoded = encoder.encode(half, source[half])
                 target.install(encoded.payload)
-                assert sum(encoded.pages.values()) == len(half)
-                assert sum(encoded.bytes.values()) == len(encoded.payload) - HEADER.size
+                assert sum(encoded.counts.pages.values()) == len(half)
+                assert sum(encoded.counts.bytes.values()) == len(encoded.payload) - HEADER.size
         assert np.array_equal(source, target.memory)
 
 
@@ -105,7 +105,7 @@ def test_what_is_remembered_is_bounded_and_old_pages_make_room() -> None:
 
     def delta(first: int) -> int:
         encoder.new_round()
-        return encoder.encode(np.arange(first, first + 3), contents).pages["delta"]
+        return encoder.encode(np.arange(first, first + 3), contents).counts.pages["delta"]
 
     assert [delta(0) for _ in range(4)] == [0, 0, 2, 2]
     assert [delta(10) for _ in range(6)] == [0, 0, 0, 2, 2, 2]
@@ -116,7 +116,7 @@ def test_absent_pages_are_told_from_zeroes_and_read_as_such() -> None:
     batch = decode_batch(encoded.payload, PAGES, ~EVERYTHING)
     assert batch.kinds.tolist() == [PageKind.ZERO, PageKind.ABSENT]
     assert batch.contents.shape == (0, PAGE)
-    assert encoded.pages == {"full": 0, "delta": 0, "zero": 2}
+    assert encoded.counts.pages == {"full": 0, "delta": 0, "zero": 2}
 
 
 def test_noise_is_sent_as_it_is() -> None:

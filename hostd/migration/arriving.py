@@ -18,19 +18,19 @@ import numpy as np
 import trio
 
 from hostd.definition import Definition
-from hostd.errors import Failed, HostError
-from hostd.lifecycle import Trigger
+from hostd.errors import Conflict, Failed, HostError
+from hostd.lifecycle import State, Trigger
 from hostd.migration.fetching import Fetching
 from hostd.migration.here import Here
 from hostd.migration.index import ContentIndex
 from hostd.migration.memory_in import IncomingMemory
 from hostd.migration.messages import Commit, Final, Missing
-from hostd.migration.pages import decode_batch, decode_digests, pack_bits, unpack_bitmap
+from hostd.migration.pages import decode_digests, pack_bits, unpack_bitmap
 from hostd.migration.progress import Progress
 from hostd.migration.wire import ProtocolError
 from hostd.protocol import MAX_MESSAGE, Input
 from hostd.saved import SavedVm
-from hostd.vm import Vm
+from hostd.vm import Signal, Vm
 from vmm import loadable
 from vmm.memory.block import VmBlock
 
@@ -63,27 +63,47 @@ class Arrival:
         self._ended: Counter[int] = Counter()
         self._changed = trio.Event()
         self._final: tuple[Final, SavedVm] | None = None
+        #: batches that are being installed, and who waits for the last of them
+        self._installing = 0
+        self._idle = Signal()
+        #: Commit has been carried out, or was not to be
+        self.settled = trio.Event()
 
     def break_off(self, why: str) -> None:
         """Nothing will come of it."""
         if self.stage in ("copying", "ready"):
             self.stage, self.broken = "over", why
             self.scope.cancel()
+            self._changed.set()
 
-    def drop(self) -> None:
-        """Give its memory back, if nobody else has it."""
+    async def drop(self) -> None:
+        """Give its memory back, if nobody else has it.  Not to be cancelled."""
+        # Invariant: other connections may still be at it, and the frames are nobody else's until they are not
+        while self._installing:
+            await self._idle.wait()
         if self._block is not None:
+            self._memory.close()
             block, self._block = self._block, None
             self._here.guests.free_copy(block)
 
     # --- memory
 
     async def pages(self, payload: bytes) -> None:
-        """A batch of pages.  Raises ProtocolError, and Failed when memory is short and stays so."""
-        batch = await trio.to_thread.run_sync(decode_batch, payload, len(self._memory.known),
-                                              self._memory.known)
-        await self._memory.install(batch)
-        self.progress.bytes["other"] += len(payload)
+        """A batch of pages.  Raises ProtocolError, Conflict when nothing comes of the guest, and Failed when
+        memory is short and stays so."""
+        self._check_copying()
+        self._installing += 1
+        try:
+            self.progress.count(await self._memory.install(payload))
+        finally:
+            self._installing -= 1
+            self._idle.notify()
+
+    def _check_copying(self) -> None:
+        if self.stage == "over":
+            raise Conflict(self.broken)
+        if self.stage != "copying":
+            raise ProtocolError("pages came after the last of them")
 
     async def digests(self, seq: int, payload: bytes) -> Missing:
         """Take the contents of those pages that this host has; the answer says which it lacks."""
@@ -104,6 +124,7 @@ class Arrival:
             changed, self._changed = self._changed, trio.Event()
             changed.set()
         while self._ended[number] < self._connections:
+            self._check_copying()
             await self._changed.wait()
         self._memory.share = False
 
@@ -113,6 +134,9 @@ class Arrival:
         """All that is needed to run it is here.  Raises ProtocolError, Failed."""
         block = self._block
         assert block is not None
+        if self._installing:
+            raise ProtocolError("the guest came while pages of it were still coming")
+        self.stage = "ready"
         try:
             saved = msgspec.json.decode(final.life, type=SavedVm)
             loadable.check(final.state, block, self.definition.vmm, self._here.tsc_khz())
@@ -129,8 +153,8 @@ class Arrival:
             if len(left) != final.pages_left:
                 raise ProtocolError(f"{final.pages_left} pages are said to be left, and {len(left)} named")
             self.fetching = Fetching(self._here, self._memory, left, self.progress)
+        self._memory.close()
         self._final = final, saved
-        self.stage = "ready"
 
     async def commit(self, commit: Commit, peer: str, tell: Callable[[], Awaitable[None]]) -> Vm:
         """It is this host's from here on, and runs; `tell` is called then.  Raises HostError if it is not.
@@ -143,6 +167,7 @@ class Arrival:
             await trio.to_thread.run_sync(self._here.handovers.commit, self.token, self.definition, peer)
         except HostError:
             self.stage = "over"
+            self.settled.set()
             raise
         # Invariant: from here on nothing is raised that would have the source told that it is not
         self.stage = "committed"
@@ -178,12 +203,21 @@ class Arrival:
                 vm.worker.send(Input(vm.lease, typed))
         except HostError as error:
             log.error("guest arrived, and does not run", extra={"vm": vm.name, "why": str(error)})
+            if vm.state is State.STARTING:
+                vm.parked = state
+                vm.follow(Trigger.PAUSE, "no worker was left to run it")
 
     async def _keep(self) -> None:
-        """Have the definition in the inventory, where the next daemon finds it without the record."""
         try:
-            await trio.to_thread.run_sync(self._here.inventory.save, [self.definition])
-            await trio.to_thread.run_sync(self._here.handovers.kept, self.token)
+            await keep(self._here, self.token, self.definition)
         except HostError as error:
             log.error("definition not written: the record stands for it",
                       extra={"vm": self.definition.name, "why": str(error)})
+        self.settled.set()
+
+
+async def keep(here: Here, token: str, definition: Definition) -> None:
+    """Have the definition in the inventory, where the next daemon finds it without the record.  Raises
+    Failed."""
+    await trio.to_thread.run_sync(here.inventory.save, [definition])
+    await trio.to_thread.run_sync(here.handovers.kept, token)

@@ -89,7 +89,8 @@ class Copying:
         async with wanted:
             async for batch in wanted:
                 await talk.send(Pages(batch.payload))
-                self._progress.count(batch)
+                self._progress.count(batch.counts)
+                self._progress.remaining_pages -= sum(batch.counts.pages.values())
 
     def _batch(self, pages: np.ndarray) -> Encoded:
         contents, absent = self._memory.read(pages)

@@ -11,11 +11,14 @@ import logging
 import trio
 
 from hostd.errors import HostError
+from hostd.migration.conversation import Conversation
 from hostd.migration.messages import Forget, Resolve, Resolved
 from hostd.migration.peers import Peer
 
 log = logging.getLogger(__name__)
 
+#: how long an answer is waited for, before the question is asked again on another connection
+ANSWER_S = 5.0
 #: seconds until the next question: twice as long each time, from the first to the last of these
 FIRST_S, LAST_S = 0.25, 30.0
 
@@ -63,21 +66,39 @@ class Doubt:
     async def _ask(self, peer: Peer) -> bool | None:
         """One question; None: there is no answer yet."""
         try:
-            async with peer.open("resolve") as talk:
-                await talk.send(Resolve(self._token))
-                outcome = (await talk.expect(Resolved)).outcome
-        except HostError as error:
-            log.info("hand-over not resolved yet", extra={"peer": peer.name, "why": str(error)})
+            with trio.fail_after(ANSWER_S):
+                async with peer.open("resolve") as talk:
+                    await talk.send(Resolve(self._token))
+                    outcome = (await talk.expect(Resolved)).outcome
+        except (HostError, trio.TooSlowError) as error:
+            why = str(error) or "no answer"
+            log.info("hand-over not resolved yet", extra={"peer": peer.name, "why": why})
             return None
         return None if outcome == "running" else outcome == "committed"
 
 
-async def forget(peer: Peer, token: str) -> None:
-    """Tell the other host that its record is not needed any more; it keeps it should it not hear of this."""
+async def let_go(talk: Conversation, token: str) -> bool:
+    """Tell the other host that its record is not needed any more; whether it hung up then, as one does that
+    has heard it."""
     try:
-        async with peer.open("resolve") as talk:
-            await talk.send(Resolve(token))
-            await talk.expect(Resolved)
+        with trio.fail_after(ANSWER_S):
             await talk.send(Forget(token))
-    except HostError as error:
-        log.info("record not taken back", extra={"peer": peer.name, "why": str(error)})
+            while await talk.link.receive():
+                pass
+    except (HostError, trio.TooSlowError) as error:
+        why = str(error) or "no answer"
+        log.info("record not taken back yet", extra={"peer": talk.link.peer, "why": why})
+        return False
+    return True
+
+
+async def forget(peer: Peer, token: str) -> None:
+    """The same on a connection of its own; the other host keeps its record should it not hear of this."""
+    try:
+        with trio.fail_after(ANSWER_S):
+            async with peer.open("resolve") as talk:
+                await talk.send(Resolve(token))
+                await talk.expect(Resolved)
+                await let_go(talk, token)
+    except (HostError, trio.TooSlowError) as error:
+        log.info("record not taken back", extra={"peer": peer.name, "why": str(error) or "no answer"})

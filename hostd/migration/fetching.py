@@ -15,7 +15,7 @@ import trio
 
 from hostd.errors import Failed, HostError
 from hostd.migration.conversation import Conversation
-from hostd.migration.memory_in import IncomingMemory
+from hostd.migration.memory_in import IncomingMemory, take, write
 from hostd.migration.messages import URGENT, Complete, Pages, Resumed, Want
 from hostd.migration.pages import Batch, PageKind, decode_batch, pack_bitmap
 from hostd.migration.progress import Progress
@@ -26,6 +26,7 @@ from hostd.vm import Vm
 
 if TYPE_CHECKING:
     from hostd.migration.here import Here
+    from vmm.memory.block import VmBlock
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Fetching:
         self._unknown = np.zeros(memory.pages, dtype=bool)
         self._store = memory.put_elsewhere(left)
         self._vm: Vm | None = None
+        self._block: VmBlock | None = None
         #: pages the guest waits for, and that were not asked for on this connection
         self._wanted: set[int] = set()
         self._asked: set[int] = set()
@@ -56,7 +58,7 @@ class Fetching:
 
     def begin(self, vm: Vm) -> None:
         """The guest is `vm`, and about to run."""
-        self._vm = vm
+        self._vm, self._block = vm, vm.block
         vm.fetching = self._want
 
     def _want(self, pages: list[int]) -> None:
@@ -67,13 +69,23 @@ class Fetching:
         """Until all pages are here, over this connection and those that follow it.  Raises Failed if they
         never will be, and the guest has crashed then."""
         self._progress.phase = "fetching"
-        try:
-            await self._serve(talk)
-        except HostError as error:
-            self._interrupted(error)
-        await self._over.wait()
+        async with open_team() as team:
+            team.start_soon(self._outlive)
+            try:
+                await self._serve(talk)
+            except HostError as error:
+                self._interrupted(error)
+            await self._over.wait()
+            team.cancel_scope.cancel()
         if self._lost:
             raise Failed(self._lost)
+
+    async def _outlive(self) -> None:
+        """Once the guest has ended, as a user may have it, no page is waited for."""
+        assert self._vm is not None
+        while self._vm.block is self._block:
+            await self._vm.activity.wait()
+        self._lose("the guest ended before all of its memory was here")
 
     async def resume(self, talk: Conversation) -> None:
         """Go on over another connection, until that breaks."""
@@ -84,6 +96,7 @@ class Fetching:
             await talk.send(Resumed(self._progress.token,
                                     pack_bitmap(np.flatnonzero(self._left), len(self._left))))
             self._progress.phase = "fetching"
+            self._tell("")
             await self._serve(talk)
         except HostError as error:
             self._interrupted(error)
@@ -92,16 +105,33 @@ class Fetching:
     def _interrupted(self, error: HostError) -> None:
         if not self._over.is_set():
             self._progress.phase = "recovering"
+            self._tell(f"memory of it is still at the host it came from, which must call again ({error}); if "
+                       f"that is gone for good: hostctl destroy --force {self._progress.vm}")
             log.warning("post-copy interrupted: the guest waits", extra={"vm": self._progress.vm,
                                                                          "why": str(error)})
+
+    def _tell(self, reason: str) -> None:
+        """What a user should know of the guest."""
+        if self._vm is not None and self._vm.block is self._block:
+            self._vm.reason = reason
+            self._vm.activity.notify()
+
+    def _lose(self, why: str) -> None:
+        """Not all pages will come."""
+        self._lost = self._lost or why
+        self._end()
 
     async def give_up(self, why: str) -> None:
         """The pages will never come."""
         assert self._vm is not None
-        if not self._over.is_set():
-            self._lost = why
+        if self._over.is_set():
+            return
+        self._lost = why
+        try:
             await self._here.guests.crash(self._vm, why)
-            self._end()
+        except HostError as error:
+            log.info("the guest ended before", extra={"vm": self._vm.name, "why": str(error)})
+        self._end()
 
     async def _serve(self, talk: Conversation) -> None:
         with trio.CancelScope() as self._scope:
@@ -133,17 +163,20 @@ class Fetching:
         assert self._vm is not None
         full = batch.kinds == PageKind.FULL
         frames = np.zeros(len(batch.pages), dtype=np.int64)
-        frames[full] = await self._memory.frames_with(batch.contents)
+        count = int(np.count_nonzero(full))
+        await self._here.memory.room_for(count)
+        frames[full] = taken = take(self._here.memory, count)
+        await trio.to_thread.run_sync(write, self._here.memory.pool, taken, batch.contents)
         try:
             await self._reclaimer.install(self._vm, self._store, batch.pages, frames)
         except HostError as error:
-            self._lost = f"the guest ended before all of its memory was here: {error}"
-            self._end()
+            self._lose(f"the guest ended before all of its memory was here: {error}")
             raise
         pages = set(batch.pages.tolist())
         self._wanted -= pages
         self._asked -= pages
         self._left[batch.pages] = False
+        self._progress.count(batch.counts)
         self._progress.remaining_pages = int(np.count_nonzero(self._left))
 
     def _end(self) -> None:

@@ -22,10 +22,10 @@ from hostd.lifecycle import State, Trigger
 from hostd.migration.conversation import Conversation, Declined
 from hostd.migration.copying import Copying
 from hostd.migration.dirty import DirtyLog
-from hostd.migration.doubt import Doubt, forget
+from hostd.migration.doubt import Doubt, forget, let_go
 from hostd.migration.here import Here
 from hostd.migration.memory_out import OutgoingMemory
-from hostd.migration.messages import Commit, Committed, Final, Forget, Ready
+from hostd.migration.messages import Commit, Committed, Final, Ready
 from hostd.migration.pages import pack_bitmap
 from hostd.migration.peers import Peer
 from hostd.migration.progress import Progress
@@ -36,7 +36,8 @@ from vmm.state import decode, encode
 
 log = logging.getLogger(__name__)
 
-#: how long the other host may take to say whether it has the guest, before it is asked on another connection
+#: how long the other host may take to say that it has all of a guest that stands still, beyond what was
+#: expected; and then whether the guest is its own, before it is asked on another connection
 ANSWER_S = 5.0
 
 
@@ -54,22 +55,24 @@ class Leaving:
 
     def __init__(self, here: Here, vm: Vm, peer: Peer, progress: Progress) -> None:
         self.doubt = Doubt(progress.token)
-        #: what is in it is not to be cancelled by a user; the host lets go of the shield when it goes down
-        self.shield = trio.CancelScope(shield=True)
+        #: round all of the migration; shielded once it is not to be cancelled by a user, until the host goes
+        #: down
+        self.scope = trio.CancelScope()
         self._here = here
         self._vm = vm
         self._peer = peer
         self._progress = progress
 
     async def run(self, talks: Sequence[Conversation], copying: Copying, written: DirtyLog, left: np.ndarray,
-                  later: bool, definition: Definition, patience: trio.CancelScope) -> None:
+                  later: bool, definition: Definition) -> None:
         """Hand the guest over.  `left`: pages that were not sent yet; `later`: they are fetched when the
-        guest runs there.  `patience` is the scope of all that a user may call off.
+        guest runs there.
 
         Raises HostError, and the guest is here.
         """
         talk, token = talks[0], self._progress.token
         handovers = self._here.handovers
+        self._here.departures.forget(self._vm.name)
         await trio.to_thread.run_sync(handovers.fence, token, self._vm.definition, self._peer.name)
         try:
             stopped = await self._stop()
@@ -82,9 +85,8 @@ class Leaving:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(handovers.forget, token)
             raise
-        with self.shield:
-            patience.deadline = float("inf")
-            await self._commit(talk, stopped, left)
+        self.scope.shield = True
+        await self._commit(talk, stopped, left)
 
     async def _stop(self) -> Stopped:
         vm = self._vm
@@ -122,6 +124,16 @@ class Leaving:
     async def _send_last(self, talk: Conversation, copying: Copying, written: DirtyLog, stopped: Stopped,
                          left: np.ndarray, later: bool, definition: Definition) -> np.ndarray:
         """All that the other host does not have, or with `later` all but pages; the answer is those."""
+        within = ANSWER_S + 2 * (self._progress.expected_downtime or 0)
+        try:
+            with trio.fail_after(within):
+                return await self._send_all(talk, copying, written, stopped, left, later, definition)
+        except trio.TooSlowError:
+            raise Failed(f"{self._peer.name} did not have the rest of VM {self._vm.name} within {within:.0f} "
+                         "seconds: it runs on here") from None
+
+    async def _send_all(self, talk: Conversation, copying: Copying, written: DirtyLog, stopped: Stopped,
+                        left: np.ndarray, later: bool, definition: Definition) -> np.ndarray:
         vm = self._vm
         assert vm.block is not None
         left = np.union1d(left, await written.collect())
@@ -153,6 +165,9 @@ class Leaving:
             self._progress.downtime = (time.monotonic_ns() - stopped.at_ns) / 1e9
         if len(left):
             assert self._vm.block is not None
+            # its console is there from now on, and some of its memory here
+            self._here.departures.add(self._vm.name, self._peer.name, self._progress.token)
+            self._vm.console.close()
             await serve(self._peer, talk, OutgoingMemory(self._vm.block), left, self._progress)
         await self._depart(talk)
 
@@ -169,12 +184,21 @@ class Leaving:
         except Declined as error:
             return str(error)
         except (HostError, trio.TooSlowError) as error:
-            name = self._vm.name
-            log.warning("hand-over in doubt", extra={"vm": name, "peer": self._peer.name, "why": str(error)})
-            self._progress.phase = "in doubt"
-            self._vm.away = self._vm.reason = self._here.handovers.doubt_sentence(self._progress.token)
-            self._vm.activity.notify()
-            return None if await self.doubt.resolve(self._peer) else "it was given back, or reclaimed"
+            return await self._resolve(str(error) or "no answer")
+
+    async def _resolve(self, why: str) -> str | None:
+        """The same, when the answer did not come."""
+        vm, before = self._vm, self._vm.away
+        log.warning("hand-over in doubt", extra={"vm": vm.name, "peer": self._peer.name, "why": why})
+        self._progress.phase = "in doubt"
+        vm.away = vm.reason = self._here.handovers.doubt_sentence(self._progress.token)
+        vm.activity.notify()
+        committed = await self.doubt.resolve(self._peer)
+        self._progress.phase = "handing over"
+        vm.away, vm.reason = before, ""
+        if committed:
+            return None
+        return f"a user took it back ({why})" if self.doubt.recovered else f"it does not have it ({why})"
 
     async def _depart(self, talk: Conversation) -> None:
         """The guest is gone, and so is all that it had here."""
@@ -184,7 +208,5 @@ class Leaving:
         here.guests.depart(vm)
         await trio.to_thread.run_sync(here.handovers.forget, token)
         self._progress.end("done")
-        try:
-            await talk.send(Forget(token))
-        except HostError:
+        if not await let_go(talk, token):
             await forget(self._peer, token)

@@ -57,21 +57,38 @@ class Coding(IntEnum):
     ZSTD = 1
 
 
+class Counts(NamedTuple):
+    """Pages, and the bytes they took, by kind."""
+
+    pages: dict[Kind, int]
+    bytes: dict[Kind, int]
+
+
+def _counts(kinds: np.ndarray, full_bytes: int, delta_bytes: int) -> Counts:
+    full = int(np.count_nonzero(kinds == PageKind.FULL))
+    delta = int(np.count_nonzero(kinds == PageKind.DELTA))
+    zero = len(kinds) - full - delta
+    sizes: dict[Kind, int] = {"full": full_bytes + full * _ROW, "delta": delta_bytes + delta * _ROW,
+                              "zero": zero * _ROW}
+    return Counts({"full": full, "delta": delta, "zero": zero}, sizes)
+
+
 class Batch(NamedTuple):
     """What came: pages (n, int64, ascending), their kinds (n, uint8), and (m, 4096) bytes, which are its
-    reader's own, for those m of kind FULL or DELTA, in the order of the pages."""
+    reader's own, for those m of kind FULL or DELTA, in the order of the pages; and how many pages and bytes
+    of it are of each kind."""
 
     pages: np.ndarray
     kinds: np.ndarray
     contents: np.ndarray
+    counts: Counts
 
 
 class Encoded(NamedTuple):
-    """A batch as it is sent, and how many pages and bytes of it are of each kind."""
+    """A batch as it is sent."""
 
     payload: bytes
-    pages: dict[Kind, int]
-    bytes: dict[Kind, int]
+    counts: Counts
 
 
 class _Contexts(threading.local):
@@ -129,16 +146,11 @@ class BatchEncoder:
             kinds[absent] = PageKind.ABSENT
         with self._lock:
             deltas = self._recall(pages, contents, kinds)
-        full_at, delta_at = kinds == PageKind.FULL, kinds == PageKind.DELTA
-        full_coding, full = self._pack(contents[full_at])
+        full_coding, full = self._pack(contents[kinds == PageKind.FULL])
         delta_coding, delta = self._pack(deltas)
         payload = b"".join((_HEADER.pack(len(pages), full_coding, delta_coding, len(full)),
                             pages.astype("<u4").tobytes(), kinds.tobytes(), full, delta))
-        count = {"full": int(np.count_nonzero(full_at)), "delta": int(np.count_nonzero(delta_at))}
-        zero = len(pages) - count["full"] - count["delta"]
-        return Encoded(payload, {"full": count["full"], "delta": count["delta"], "zero": zero},
-                       {"full": len(full) + count["full"] * _ROW, "delta": len(delta) + count["delta"] * _ROW,
-                        "zero": zero * _ROW})
+        return Encoded(payload, _counts(kinds, len(full), len(delta)))
 
     def _recall(self, pages: np.ndarray, contents: np.ndarray, kinds: np.ndarray) -> np.ndarray:
         """Make deltas of those FULL pages that are remembered, and remember all that is worth it."""
@@ -201,7 +213,7 @@ def decode_batch(payload: bytes, pages_of_guest: int, known: np.ndarray) -> Batc
                                   (delta, delta_coding, view[delta_at:])):
         at = which[filled]
         contents[at] = _unpack(packed, coding, int(np.count_nonzero(at)))
-    return Batch(pages, kinds, contents)
+    return Batch(pages, kinds, contents, _counts(kinds, full_bytes, len(payload) - delta_at))
 
 
 def _page_numbers(payload: bytes, offset: int, count: int, pages_of_guest: int) -> np.ndarray:

@@ -6,13 +6,18 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+import trio
+
 from hostd.config import MigrationSection
 from hostd.errors import ConfigError, Failed
 from hostd.migration import security
 from hostd.migration.capabilities import CAPABILITIES
 from hostd.migration.conversation import Conversation, call
-from hostd.migration.links import Bandwidth, dial, parse_peer, peer_name
+from hostd.migration.links import Bandwidth, LinkBroken, dial, parse_peer, peer_name
 from hostd.migration.messages import Purpose
+
+#: seconds that the other host may take to say that it is one
+HELLO_S = 10.0
 
 
 def offered(config: MigrationSection) -> tuple[str, ...]:
@@ -44,4 +49,9 @@ class Peer:
         tls = certificate(self._config)
         link = await dial(self._host, self._port, tls, self._config.allow_plain, self._limits)
         async with link:
-            yield await call(link, purpose, offered(self._config))
+            try:
+                with trio.fail_after(HELLO_S):
+                    talk = await call(link, purpose, offered(self._config))
+            except trio.TooSlowError:
+                raise LinkBroken(f"{self.name} does not answer") from None
+            yield talk

@@ -9,7 +9,7 @@ from typing import Literal
 
 import trio
 
-from hostd.migration.pages import Encoded
+from hostd.migration.pages import Counts
 from hostd.migration.views import MigrationView, Mode, Phase
 
 #: a migration in one of these is over
@@ -42,11 +42,10 @@ class Progress:
     began: float = field(default_factory=trio.current_time)
     ended: float | None = None
 
-    def count(self, batch: Encoded) -> None:
-        """A batch of pages has gone out."""
-        self.pages.update(batch.pages)
-        self.bytes.update(batch.bytes)
-        self.remaining_pages -= sum(batch.pages.values())
+    def count(self, counts: Counts) -> None:
+        """A batch of pages has gone out, or has come."""
+        self.pages.update(counts.pages)
+        self.bytes.update(counts.bytes)
 
     def end(self, phase: Phase, reason: str = "") -> None:
         """It is over, one way or the other."""

@@ -17,6 +17,7 @@ from hostd.migration.doubt import Doubt, forget
 from hostd.migration.handover import FOLLOWS, Next, Record, Word
 from hostd.migration.here import Here
 from hostd.migration.peers import Peer
+from hostd.migration.progress import Progress
 from hostd.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,12 @@ log = logging.getLogger(__name__)
 class Restarting:
     """Made before the first guest is started."""
 
-    def __init__(self, here: Here, autostart: Callable[[Vm], object]) -> None:
-        """`autostart` starts a VM that is this host's after all, if it is to run when the host does."""
+    def __init__(self, here: Here, note: Callable[[Progress], None],
+                 autostart: Callable[[Vm], object]) -> None:
+        """`note` is told of each hand-over that is in doubt.  `autostart` starts a VM that is this host's
+        after all, if it is to run when the host does."""
         self._here = here
+        self._note = note
         self._autostart = autostart
         self._doubts: dict[str, Doubt] = {}
         for record in here.handovers.fenced():
@@ -70,6 +74,8 @@ class Restarting:
 
     async def _settle(self, record: Record, doubt: Doubt) -> None:
         here, vm, peer = self._here, self._here.guests.vms.get(record.vm), None
+        progress = Progress(record.token, record.vm, "out", record.peer, phase="in doubt")
+        self._note(progress)
         try:
             peer = Peer(record.peer, here.config().migration)
             committed = await doubt.resolve(peer)
@@ -81,8 +87,10 @@ class Restarting:
                     here.departures.add(vm.name, record.peer, record.token)
                     here.guests.forget(vm)
             await trio.to_thread.run_sync(here.handovers.forget, record.token)
+            progress.end("done" if follows == "depart" else "failed", "an earlier hostd ended during it")
             log.info("hand-over settled", extra={"vm": record.vm, "peer": record.peer, "outcome": follows})
         except HostError as error:
+            progress.end("failed", str(error))
             log.error("hand-over not settled", extra={"vm": record.vm, "why": str(error)})
             return
         finally:

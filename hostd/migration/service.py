@@ -53,7 +53,7 @@ class Migrations:
         self._leaving: dict[str, Emigration] = {}
         self._bandwidth = Bandwidth(here.config().migration.bandwidth.bytes)
         self._target = Target(here, self._note, self.totals, console)
-        self._restarting = Restarting(here, autostart)
+        self._restarting = Restarting(here, self._note, autostart)
         self._listener = listener
 
     # --- what users ask
@@ -142,8 +142,9 @@ class Migrations:
         return [progress.view() for progress in self._progress]
 
     def departed(self, name: str) -> Departed | None:
-        """Where a guest went that was here."""
-        return None if name in self._here.guests.vms else self._here.departures.get(name)
+        """Where a guest went that was here, or all of it but memory."""
+        vm = self._here.guests.vms.get(name)
+        return self._here.departures.get(name) if vm is None or vm.state is State.MIGRATING else None
 
     def _vm(self, name: str) -> Vm:
         try:
@@ -171,5 +172,6 @@ class Migrations:
         leaving = list(self._leaving.values())
         for emigration in leaving:
             emigration.call_off()
+        await self._target.go_down()
         for emigration in leaving:
             await emigration.settled.wait()

@@ -12,6 +12,7 @@ import trio
 from hostd.errors import HostError
 from hostd.migration.conversation import Conversation, Declined
 from hostd.migration.doubt import FIRST_S, LAST_S
+from hostd.migration.links import LinkBroken
 from hostd.migration.memory_out import OutgoingMemory
 from hostd.migration.messages import Complete, Pages, Resume, Resumed, Want
 from hostd.migration.pages import BatchEncoder, Encoded, unpack_bitmap
@@ -22,6 +23,8 @@ from hostd.nursery import open_team
 
 log = logging.getLogger(__name__)
 
+#: how long the other host may say nothing that is due, before it is called on another connection
+SILENT_S = 30.0
 #: pages sent unasked at a time: those that are asked for wait no longer than for so many
 _PIECE = 64
 
@@ -41,15 +44,17 @@ async def serve(peer: Peer, talk: Conversation, memory: OutgoingMemory, left: np
         try:
             async with peer.open("resume") as talk:
                 await talk.send(Resume(progress.token))
-                left = unpack_bitmap((await talk.expect(Resumed)).left, memory.pages)
+                with trio.fail_after(SILENT_S):
+                    resumed = await talk.expect(Resumed)
+                left = unpack_bitmap(resumed.left, memory.pages)
                 wait = FIRST_S
                 await _Server(talk, memory, left, progress).run()
                 return
         except Declined as error:
             log.error("the guest needs no more pages", extra={"vm": progress.vm, "why": str(error)})
             return
-        except HostError as error:
-            log.info("post-copy not resumed yet", extra={"vm": progress.vm, "why": str(error)})
+        except (HostError, trio.TooSlowError) as error:
+            log.info("post-copy not resumed yet", extra={"vm": progress.vm, "why": str(error) or "no answer"})
         await trio.sleep(wait)
         wait = min(2 * wait, LAST_S)
 
@@ -84,6 +89,7 @@ class _Server:
             self._wanted.extend(message.pages)
 
     async def _push(self) -> None:
+        """Send all pages, and wait for the word that they are there.  Raises LinkBroken."""
         cursor = 0
         while self._unsent.any():
             if self._wanted:
@@ -100,7 +106,10 @@ class _Server:
                 self._unsent[pages] = False
                 batch = await trio.to_thread.run_sync(self._batch, pages)
                 await self._talk.send(Pages(batch.payload))
-                self._progress.count(batch)
+                self._progress.count(batch.counts)
+                self._progress.remaining_pages -= len(pages)
+        await trio.sleep(SILENT_S)
+        raise LinkBroken(f"{self._talk.link.peer} does not say that all pages have come")
 
     def _batch(self, pages: np.ndarray) -> Encoded:
         contents, absent = self._memory.read(pages)

@@ -12,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 import msgspec
 import trio
 
-from hostd.errors import HostError, TimedOut
+from hostd.errors import Conflict, HostError, TimedOut
 from hostd.lifecycle import State, Trigger
 from hostd.migration import belongings, capabilities, precopy
 from hostd.migration.conversation import Conversation
@@ -51,13 +51,16 @@ class Emigration:
         self._connections = request.connections or config.connections
         self._downtime_s = (request.downtime_ms or config.downtime_ms) / 1e3
         self._patience = trio.CancelScope()
+        self._called_off = False
 
     async def run(self) -> None:
         """Raises HostError if the guest is still here, or was never to go."""
         if self._request.timeout is not None:
             self._patience.deadline = trio.current_time() + self._request.timeout
         try:
-            with self._patience:
+            # Invariant: once Commit was said the inner scope is shielded, up to its end, where the guest is
+            # either gone or here: who calls it off later than that is not told that it came of it
+            with self._patience, self.leaving.scope:
                 async with self._here.guests.changing(self._vm):
                     self._vm.check(Trigger.MOVE)
                     self._vm.check_whole()
@@ -66,6 +69,8 @@ class Emigration:
                 return
         finally:
             self.settled.set()
+        if self._called_off or self._request.timeout is None:
+            raise Conflict(f"VM {self._vm.name} was not handed over: the host is shutting down")
         raise TimedOut(f"VM {self._vm.name} was not handed over within {self._request.timeout:g} seconds: "
                        "it runs on here")
 
@@ -102,8 +107,9 @@ class Emigration:
 
     def call_off(self) -> None:
         """The host goes down: what can be called off is, and what is in doubt, or elsewhere, stays so."""
+        self._called_off = True
         self._patience.cancel()
-        self.leaving.shield.shield = False
+        self.leaving.scope.shield = False
 
     # --- what goes before memory
 
@@ -166,7 +172,7 @@ class Emigration:
                 left, later = await precopy.copy(self._here.guests, self._vm, copying, written, left, plan,
                                                  self.progress)
             # what follows is over soon, or not to be given up
-            await self.leaving.run(talks, copying, written, left, later, self._definition, self._patience)
+            await self.leaving.run(talks, copying, written, left, later, self._definition)
         finally:
             with trio.CancelScope(shield=True):
                 self._here.guests.throttle(self._vm, None)

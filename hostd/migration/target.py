@@ -14,7 +14,7 @@ import trio
 from hostd.definition import Definition
 from hostd.errors import Conflict, HostError, NotFound
 from hostd.migration import belongings, capabilities
-from hostd.migration.arriving import Arrival
+from hostd.migration.arriving import Arrival, keep
 from hostd.migration.belongings import IncomingBlobs
 from hostd.migration.conversation import Conversation, answer
 from hostd.migration.here import Here
@@ -80,6 +80,13 @@ class Target:
                 await talk.give_up(str(error))
             raise
 
+    async def go_down(self) -> None:
+        """No guest comes any more: one that is not this host's yet stays where it is."""
+        for arrival in list(self._arrivals.values()):
+            arrival.break_off("the host is shutting down")
+            if arrival.stage in ("committing", "committed"):
+                await arrival.settled.wait()
+
     # --- migrate
 
     async def _migrate(self, talk: Conversation) -> None:
@@ -105,7 +112,7 @@ class Target:
                 self._totals.finished(progress.view())
         if committed:
             await talk.expect(Forget)
-            await trio.to_thread.run_sync(self._here.handovers.forget, offer.token)
+            await self._forget(offer.token)
 
     def _examine(self, offer: Offer) -> Definition:
         """The definition as this host would keep it.  Raises Conflict, Invalid where it cannot come here."""
@@ -133,6 +140,7 @@ class Target:
         token, images = offer.token, self._here.images
         missing = [sha256 for sha256, _ in offer.blobs if not images.has_blob(sha256)]
         async with self._turns, self._indexes.of(definition) as index:
+            self._here.admission.check_open()
             share = bool(offer.siblings or self._indexes.members(definition))
             arrival = Arrival(self._here, token, definition, index, share, offer.connections, progress)
             self._arrivals[token] = arrival
@@ -146,7 +154,8 @@ class Target:
                     await arrival.fetching.run(talk)
             finally:
                 arrival.break_off("its connection ended")
-                arrival.drop()
+                with trio.CancelScope(shield=True):
+                    await arrival.drop()
                 del self._arrivals[token]
         return committed
 
@@ -216,7 +225,18 @@ class Target:
         arrival = self._arrivals.get(token)
         if arrival is not None and arrival.fetching is not None:
             await arrival.fetching.give_up("the host it came from ended before all of its memory was here")
-        await trio.to_thread.run_sync(self._here.handovers.forget, token)
+        await self._forget(token)
+
+    async def _forget(self, token: str) -> None:
+        """The source knows whose the guest is, and asks no more.  Raises Failed, and the record stays."""
+        here, arrival = self._here, self._arrivals.get(token)
+        if arrival is not None and arrival.stage == "committed":
+            await arrival.settled.wait()
+        # Invariant: a record goes only when the definition is in the inventory: else it is all there is of it
+        for record in here.handovers.unkept():
+            if record.token == token and record.definition is not None and record.vm in here.guests.vms:
+                await keep(here, token, record.definition)
+        await trio.to_thread.run_sync(here.handovers.forget, token)
 
     def _outcome(self, token: str) -> Outcome:
         """Whose the guest is.  "aborted" is for ever: what arrives by this token is broken off."""
