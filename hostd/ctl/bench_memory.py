@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from hostd.bench import facts, memory_copies, memory_costs, memory_overcommit, memory_sharing
+from hostd.bench import facts, memory_copies, memory_costs, memory_loss, memory_overcommit, memory_sharing
 from hostd.bench.boot import debian
 from hostd.bench.measures import Result, Settings, result
 from hostd.bench.memory_overcommit import Load, Overcommit
@@ -21,7 +21,7 @@ from hostd.ctl.formatting import print_fields, print_json, print_table, size
 from hostd.ctl.pull import RECIPES, PullError, build_debian
 from hostd.ctl.session import SIZE, Session, format_option, pass_session
 
-PARTS = ("sharing", "costs", "copies", "overcommit")
+PARTS = ("sharing", "loss", "costs", "copies", "overcommit")
 _PROMPT = "/ # "
 _MIXED = "debian-i386-pae"
 
@@ -31,6 +31,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     machine: facts.Facts
     sharing: list[memory_sharing.Row] | None = None
+    loss: memory_loss.Loss | None = None
     costs: list[Result] | None = None
     copies: list[memory_copies.Row] | None = None
     overcommit: Overcommit | None = None
@@ -60,7 +61,7 @@ def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...],
     parts = only or PARTS
     machine = facts.gather(with_qemu=peer is not None)
     costs = _costs(runs) if "costs" in parts else None
-    sharing = copies = overcommit = None
+    sharing = loss = copies = overcommit = None
     with tempfile.TemporaryDirectory(prefix="hostctl-bench-") as directory:
         if set(parts) - {"costs"}:
             template = debian(Path(directory), _PROMPT, say)
@@ -72,11 +73,14 @@ def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...],
             small, sizes = _i386(), memory_copies.SIZES
             copies = memory_copies.measure(small or template, sizes if small else sizes[1:], runs, guests,
                                            say)
+        if "loss" in parts:
+            loss = memory_loss.measure(template, runs, say)
         if "sharing" in parts:
             sharing = memory_sharing.measure(template, _i386(), guests, pool or 8 << 30, seconds, say)
             if peer is not None:
                 sharing.append(memory_sharing.peer(template, guests, seconds, say))
-    report = Report(machine=machine, sharing=sharing, costs=costs, copies=copies, overcommit=overcommit)
+    report = Report(machine=machine, sharing=sharing, loss=loss, costs=costs, copies=copies,
+                    overcommit=overcommit)
     if as_json or session.json:
         print_json(report)
     else:
@@ -133,6 +137,12 @@ def show(report: Report) -> None:
               size(row.private), size(row.shared), size(row.saved),
               f"{'more than ' if row.restless else ''}{row.steady_s:.0f} s", f"{row.cpu:.1%}"]
              for row in report.sharing])
+    if report.loss is not None:
+        loss = report.loss
+        click.echo()
+        print_fields([("sharing takes", f"{loss.lost_ratio:.1%} of the CPU time of {loss.guests} busy guests "
+                       f"with nothing in common: they had {loss.with_sharing:.3f} CPUs, {loss.without:.3f} "
+                       f"without it; {loss.scanned_per_second:.0f} pages scanned a second")])
     if report.overcommit is not None:
         click.echo()
         _show_overcommit(report.overcommit)
