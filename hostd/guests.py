@@ -205,11 +205,12 @@ class Guests:
             self._end(vm, Trigger.RESET, "reset", follow_up=False)
             await self._boot(vm, step)
 
-    async def destroy(self, vm: Vm, force: bool) -> None:
+    async def destroy(self, vm: Vm, force: bool, patient: bool = False) -> None:
+        """`patient`: the end of a migration is waited for."""
         self.give_up_start(vm)
         vm.stopping = True
         try:
-            async with self.changing(vm):
+            async with self.changing(vm, patient):
                 if vm.state in RESIDENT:
                     if not force:
                         raise Conflict(f"VM {vm.name} is {vm.state}: stop it first, or destroy it by force")
@@ -405,7 +406,7 @@ class Guests:
 
     async def _destroy_by_policy(self, vm: Vm) -> None:
         try:
-            await self.destroy(vm, force=False)
+            await self.destroy(vm, force=False, patient=True)
         except HostError as error:
             log.error("destroy by policy failed", extra={"vm": vm.name, "why": str(error)})
         except Exception:

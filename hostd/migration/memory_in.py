@@ -74,8 +74,7 @@ class IncomingMemory:
 
     async def _take(self, count: int) -> np.ndarray:
         """So many frames, on loan to the daemon."""
-        lacking = count - len(self._spare)
-        if lacking > 0:
+        while (lacking := count - len(self._spare)) > 0:        # another connection may be quicker
             await self._memory.room_for(lacking)
             self._spare = np.concatenate((self._spare, take(self._memory, lacking)))
         taken, self._spare = self._spare[:count], self._spare[count:]

@@ -35,6 +35,8 @@ REMEMBERED = 64
 #: connections that come in, for each guest that may come in at a time: its own, those that ask about it, and
 #: consoles
 _CONNECTIONS = 24
+#: states in which a VM has something to take along; a move between workers is over before it leaves
+_MOVABLE = frozenset({State.RUNNING, State.PAUSED, State.MIGRATING})
 
 
 class Migrations:
@@ -62,7 +64,8 @@ class Migrations:
         """Have a guest go to another host.  Raises HostError for what is plainly wrong."""
         vm = self._vm(name)
         vm.check_home()
-        vm.check(Trigger.MOVE)
+        if vm.state is not State.MIGRATING:         # a move between workers is over before this begins
+            vm.check(Trigger.MOVE)
         self._here.admission.check_open()
         peer = self._peer(request)
 
@@ -95,15 +98,17 @@ class Migrations:
     async def _carry_out(self, vm: Vm, request: MigrateRequest, peer: Peer,
                          progress: Progress) -> MigrationView:
         emigration = Emigration(self._here, vm, request, peer, progress)
-        self._leaving[vm.name] = emigration
         try:
+            if self._leaving.setdefault(vm.name, emigration) is not emigration:
+                raise Conflict(f"VM {vm.name} is being migrated already: wait for that, or cancel it")
             await emigration.run()
         except BaseException as error:
             failed = isinstance(error, HostError)
             progress.end("failed" if failed else "cancelled", str(error) if failed else "")
             raise
         finally:
-            del self._leaving[vm.name]
+            if self._leaving.get(vm.name) is emigration:
+                del self._leaving[vm.name]
             if not request.dry_run:
                 self.totals.finished(progress.view())
                 self._here.events.publish("vm.migrated", vm.name, to=peer.name, outcome=progress.phase,
@@ -120,7 +125,7 @@ class Migrations:
             await self._carry_out(vm, single, peer, self._begin(vm, single, peer))
 
         async def work(operation: Operation) -> EvacuatedView:
-            vms = [vm for vm in self._here.guests.vms.values() if vm.state in (State.RUNNING, State.PAUSED)]
+            vms = [vm for vm in self._here.guests.vms.values() if vm.state in _MOVABLE]
             return await evacuation.evacuate(vms, one, request.parallel, operation.step)
 
         return self._operations.start("evacuate", peer.name, work)
