@@ -190,7 +190,7 @@ def _kernel(code: bytes, data: bytes) -> bytes:
     return elf32(_CODE + _ENTRY, [(_CODE, text, len(text)), (_VARIABLES, data, len(data))])
 
 
-class Testimony:
+class Evidence:
     """What the console of a witness says; all numbers as they were said, in their order."""
 
     def __init__(self, console: str) -> None:
