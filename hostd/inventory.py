@@ -52,8 +52,7 @@ class Inventory:
 
     def save(self, definitions: Sequence[Definition]) -> None:
         """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""
-        files = [(self._path(definition.name), msgspec.json.format(msgspec.json.encode(definition)) + b"\n")
-                 for definition in definitions]
+        files = [(self._path(definition.name), _encode(definition)) for definition in definitions]
         new = [path for path, _ in files if not path.exists()]
         try:
             storage.write_all(files)
@@ -62,11 +61,23 @@ class Inventory:
                 path.unlink(missing_ok=True)
             raise
 
+    def prepare(self, definition: Definition) -> storage.Prepared:
+        """A new definition that is on the disk already, and is kept once it is committed.  Raises Failed."""
+        return storage.Prepared(self._path(definition.name), _encode(definition))
+
+    def has(self, name: str) -> bool:
+        """Whether a definition of that name is kept."""
+        return self._path(name).exists()
+
     def remove(self, name: str) -> None:
         storage.remove(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def _encode(definition: Definition) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(definition)) + b"\n"
 
 
 def _lock(path: Path) -> int:

@@ -30,6 +30,7 @@ from hostd.migration.progress import Progress
 from hostd.migration.wire import ProtocolError
 from hostd.protocol import MAX_MESSAGE, Input
 from hostd.saved import SavedVm
+from hostd.storage import Prepared
 from hostd.vm import Signal, Vm
 from vmm import loadable
 from vmm.memory.block import VmBlock
@@ -63,11 +64,20 @@ class Arrival:
         self._ended: Counter[int] = Counter()
         self._changed = trio.Event()
         self._final: tuple[Final, SavedVm] | None = None
+        #: its definition, to be in the inventory
+        self._prepared: Prepared | None = None
         #: batches that are being installed, and who waits for the last of them
         self._installing = 0
         self._idle = Signal()
         #: Commit has been carried out, or was not to be
         self.settled = trio.Event()
+
+    async def prepare(self, peer: str) -> None:
+        """Put on the disk what `commit` needs there: the guest stands still then, and a disk that is full is
+        one for which it stays where it is.  Raises Failed."""
+        here = self._here
+        await trio.to_thread.run_sync(here.handovers.prepare, self.token, self.definition, peer)
+        self._prepared = await trio.to_thread.run_sync(here.inventory.prepare, self.definition)
 
     def break_off(self, why: str) -> None:
         """Nothing will come of it."""
@@ -81,6 +91,8 @@ class Arrival:
         # Invariant: other connections may still be at it, and the frames are nobody else's until they are not
         while self._installing:
             await self._idle.wait()
+        if self._prepared is not None:
+            self._prepared.discard()
         if self._block is not None:
             self._memory.close()
             block, self._block = self._block, None
@@ -208,16 +220,13 @@ class Arrival:
                 vm.follow(Trigger.PAUSE, "no worker was left to run it")
 
     async def _keep(self) -> None:
+        """Have the definition in the inventory, where the next daemon finds it without the record."""
+        prepared, self._prepared = self._prepared, None
         try:
-            await keep(self._here, self.token, self.definition)
+            if prepared is not None:
+                await trio.to_thread.run_sync(prepared.commit)
+                await trio.to_thread.run_sync(self._here.handovers.kept, self.token)
         except HostError as error:
-            log.error("definition not written: the record stands for it",
+            log.error("definition not written, or record not: that stands for it",
                       extra={"vm": self.definition.name, "why": str(error)})
         self.settled.set()
-
-
-async def keep(here: Here, token: str, definition: Definition) -> None:
-    """Have the definition in the inventory, where the next daemon finds it without the record.  Raises
-    Failed."""
-    await trio.to_thread.run_sync(here.inventory.save, [definition])
-    await trio.to_thread.run_sync(here.handovers.kept, token)

@@ -14,7 +14,7 @@ import trio
 from hostd.definition import Definition
 from hostd.errors import Conflict, HostError, NotFound
 from hostd.migration import belongings, capabilities
-from hostd.migration.arriving import Arrival, keep
+from hostd.migration.arriving import Arrival
 from hostd.migration.belongings import IncomingBlobs
 from hostd.migration.conversation import Conversation, answer
 from hostd.migration.here import Here
@@ -147,8 +147,7 @@ class Target:
             try:
                 dedup = bool(index) and talk.agreed("dedup")
                 await talk.send(Accept(token, missing, dedup, offer.connections))
-                await trio.to_thread.run_sync(self._here.handovers.prepare, token, definition,
-                                              talk.link.peer)
+                await arrival.prepare(talk.link.peer)
                 committed = await self._receive(talk, offer, arrival)
                 if committed and arrival.fetching is not None:
                     await arrival.fetching.run(talk)
@@ -234,8 +233,9 @@ class Target:
             await arrival.settled.wait()
         # Invariant: a record goes only when the definition is in the inventory: else it is all there is of it
         for record in here.handovers.unkept():
-            if record.token == token and record.definition is not None and record.vm in here.guests.vms:
-                await keep(here, token, record.definition)
+            if (record.token == token and record.definition is not None and record.vm in here.guests.vms
+                    and not here.inventory.has(record.vm)):
+                await trio.to_thread.run_sync(here.inventory.save, [record.definition])
         await trio.to_thread.run_sync(here.handovers.forget, token)
 
     def _outcome(self, token: str) -> Outcome:
