@@ -84,7 +84,7 @@ class Connection:
 
     def _pump(self, sender: socket.socket, receiver: socket.socket, direction: Direction) -> None:
         splitter, greeted = wire.Splitter(), False
-        with suppress(OSError):
+        try:
             while data := sender.recv(1 << 18):
                 splitter.feed(data)
                 if not greeted:
@@ -95,8 +95,14 @@ class Connection:
                     self._pass(PREAMBLE, wire.preamble(spoken), receiver, direction)
                 while (frame := splitter.take(_ANY)) is not None:
                     self._pass(type(decode(frame)).__name__, wire.frame(*frame), receiver, direction)
-            if direction not in self.swallowed:
+            if not self._loses(direction):
                 receiver.shutdown(socket.SHUT_WR)
+        except OSError:
+            if not self._loses(direction):
+                self.cut()
+
+    def _loses(self, direction: Direction) -> bool:
+        return direction in self.swallowed or self.line.dark
 
     def _pass(self, word: str, data: bytes, receiver: socket.socket, direction: Direction) -> None:
         line = self.line
@@ -104,7 +110,7 @@ class Connection:
         if trap is not None and trap.when == "before":
             trap.hold(self)
         for piece, held in line.cut_up(data, direction):
-            if direction not in self.swallowed and not line.dark:
+            if not self._loses(direction):
                 receiver.sendall(piece)
             if held is not None:
                 held.hold(self)
