@@ -120,12 +120,14 @@ def test_a_witness_reads_a_console() -> None:
     witness = Witness()
     witness.read(b"/ # /bin/load 16 20 64 0 10000000 &\r\n/ # \x1b[6nc 1 0 25 4294900000\r\nc 2 5 ", 10.0)
     assert [line.number for line in witness.lines] == [1]
-    witness.read(b"10304 182704e\r\ncho\r\nc 3 10 5000 432704\r\n", 10.5)
+    witness.read(b"10304 182704e\r\nchoc 3 10 5000 432704\r\n", 10.5)
     assert witness.findings == []
     assert [(line.arrived, line.steps, line.gap) for line in witness.lines[1:]] == [
         (10.5, 5, 0.010304), (10.5, 10, 0.005)]
     # the clock has gone once round
     assert round(witness.lines[-1].clock - witness.lines[0].clock, 6) == 0.5
+    witness.read(b"[   18.3] Code: 4c 89 47 20 48 4b 78 08 75 13 48\r\n", 11.0)
+    assert len(witness.lines) == 3 and witness.findings == []
 
 
 @pytest.mark.parametrize(("text", "found"), [
@@ -166,16 +168,21 @@ def test_what_a_clock_drifts_by() -> None:
 def test_a_guest_that_changes_processes_is_read_in_order() -> None:
     watch = Watch()
     older, younger = (Popen(["cat"], stdin=PIPE, stdout=PIPE) for _ in range(2))
+
+    def said(text: bytes) -> None:
+        watch.wait(lambda witness: witness.said.endswith(text), 20, "was not heard")
+
     try:
         watch.follow(older)
         watch.type("c 1 0 0 0\nc 2 0 ")
-        await_lines(watch, 1, 20)
+        said(b"c 2 0 ")
         watch.follow(younger)
         watch.type("0 0\n")
-        await_lines(watch, 1, 20)
+        said(b"0 0\n")
         older.kill()
         watch.type("c 3 0 0 0\n")
-        await_lines(watch, 1, 20)
+        said(b"c 3 0 0 0\n")
+        assert [one.number for one in watch.lines()] == [1, 2, 3]
         assert watch.findings() == []
     finally:
         for process in (older, younger):

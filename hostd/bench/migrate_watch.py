@@ -22,10 +22,11 @@ from hostd.bench.migrate_program import LINES_PER_SECOND
 from hostd.bench.soak_work import COMPLAINTS
 from hostd.ctl.errors import CtlError
 
-#: a prompt may stand before it, which asks for the cursor's position, and the echo of what is typed behind it
-_CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
-_COUNTER = re.compile(r"(?<!\w)c (\d+) (\d+) (\d+) (\d+)(?!\d)")
-_BAD = re.compile(r"(?<!\w)b (\d+ \d+ \d+ \d+ \d+)(?!\d)")
+#: what is typed is echoed in letters, which may come before a line or after it
+_COUNTER = re.compile(r"c (\d+) (\d+) (\d+) (\d+)(?!\d)")
+_BAD = re.compile(r"b (\d+ \d+ \d+ \d+ \d+)(?!\d)")
+#: a line of the kernel's, which may be a dump of bytes
+_KERNEL = re.compile(r"\[ *\d+\.\d+\]")
 _COMPLAINT = re.compile(COMPLAINTS)
 _CLOCK = 1 << 32
 #: lines from which a difference of clocks is told
@@ -72,17 +73,19 @@ class Witness:
         """More of the console's output, which came at `now`, seconds of the host's monotonic clock."""
         self.said += data
         while (end := self.said.find(b"\n", self._begin)) >= 0:
-            self._line(_CONTROL.sub("", self.said[self._begin:end].decode(errors="replace")).strip(), now)
+            self._line(self.said[self._begin:end].decode(errors="replace").strip(), now)
             self._begin = end + 1
 
     def _line(self, text: str, now: float) -> None:
-        if (match := _COUNTER.search(text)) is not None:
+        if _COMPLAINT.search(text):
+            self.findings.append(f"its kernel complained: {text}")
+        elif _KERNEL.match(text):
+            return
+        elif (match := _COUNTER.search(text)) is not None:
             self._count(now, *map(int, match.groups()))
         elif (match := _BAD.search(text)) is not None:
             self.findings.append(f"a page is not what was written (sum, number, generation, generation "
                                  f"wanted, place): {match[1]}")
-        elif _COMPLAINT.search(text):
-            self.findings.append(f"its kernel complained: {text}")
 
     def _count(self, now: float, number: int, steps: int, gap: int, clock: int) -> None:
         last = self.lines[-1] if self.lines else Line(now, number - 1, steps, 0, clock / 1e6)
