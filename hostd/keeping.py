@@ -15,6 +15,7 @@ import trio
 from hostd.config import Config
 from hostd.events import Events
 from hostd.guests import Guests
+from hostd.lifecycle import State
 from hostd.memory import MachineMemory
 from hostd.memory_keeper import MemoryKeeper
 from hostd.memory_state import HostMemoryState
@@ -32,13 +33,16 @@ async def keep(config: Callable[[], Config], guests: Guests, memory: MachineMemo
 
     def urgent(urgent: bool) -> None:
         sharing.urgent = urgent
-        view = sharing.view()
-        state.scan_rate, state.scanned = view.rate, view.scanned
 
+    state.sharing = sharing.view
     keeper = MemoryKeeper(guests, memory, reclaimer, events, state, urgent)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(keeper.run)
-        nursery.start_soon(sharing.run)
+    with events.subscribe() as reader:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(keeper.run)
+            nursery.start_soon(sharing.run)
+            async for event in reader:
+                if event.type == "vm.state" and event.data["state"] == State.RUNNING:
+                    sharing.rouse()
 
 
 def _scanner(memory: MachineMemory) -> Scanner:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The task that carries out the memory policy: looks how the guests stand, decides, and has it done.
 
-Once a second, and at once when a worker runs out of frames, `Policy.decide` (hostd/policy) is asked.  What it
-says is carried out in its order: balloons get their targets, sharing runs at full rate, and pages that were
-not used lately go to the swap file.  A guest that ends or is being changed is left out until the next time.
+Once a second, and at once when a worker runs out of frames, `Policy.decide` (hostd/policy) is asked; while
+there is plenty of memory, only when guests come, go or claim something else, and once a minute.  What it says
+is carried out in its order: balloons get their targets, sharing runs at full rate, and pages that were not
+used lately go to the swap file.  A guest that ends or is being changed is left out until the next time.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ DECIDE_S = 1.0
 #: the same while somebody waits for memory
 HUNGRY_S = 0.1
 #: and while there is plenty of memory, which is seen without looking at every guest
-PLENTY_S = 10.0
+PLENTY_S = 60.0
 #: the part of the pool that is free then
 PLENTY = 0.1
-#: between two looks at the working sets
-SAMPLE_S = 20.0
-#: how old a guest's statistics may be while nobody needs them: asking wakes the guest
+#: between two looks at the working sets: while memory is short, and while there is plenty
+SAMPLE_S, LAZY_SAMPLE_S = 20.0, 60.0
+#: how old a guest's statistics may be that somebody looks at while there is plenty: asking wakes the guest
 STATISTICS_S = 30.0
-#: and between questions whether there is a balloon driver, which wake nobody
+#: between questions whether there is a balloon driver, which wake nobody
 DRIVER_S = 5.0
 #: pages frozen, written and let go of at once
 BATCH = 1024
@@ -99,7 +100,7 @@ class MemoryKeeper:
                     await self._hunger.wait()
                 claims = [(vm.name, vm.boots, vm.definition) for vm in self._guests.vms.values()]
                 if (not self._hunger.is_set() and claims == about and self._plenty()
-                        and trio.current_time() < decided + PLENTY_S):
+                        and trio.current_time() < decided + PLENTY_S and not self._looked_at()):
                     continue
                 self._hunger = trio.Event()
                 decided, about = trio.current_time(), claims
@@ -112,6 +113,13 @@ class MemoryKeeper:
     def _plenty(self) -> bool:
         return (self._policy.state is pressure.State.HIGH and self._settled
                 and self._memory.books.free_frames() > PLENTY * self._memory.pool.frames)
+
+    def _looked_at(self) -> bool:
+        """Somebody looks at what a guest said long ago."""
+        long_ago = trio.current_time() - STATISTICS_S
+        return any(vm.memory_state.looked and vm.worker is not None and watch.asked < long_ago
+                   for vm in self._guests.vms.values()
+                   if (watch := self._watches.get(vm.name)) is not None)
 
     # --- deciding
 
@@ -182,12 +190,14 @@ class MemoryKeeper:
         assert vm.block is not None
         wanted = max(plan.balloon, vm.block.pages - (vm.definition.memory_target_bytes >> 12))
         vm.memory_state.balloon_target = wanted
+        short, state = self._policy.state is not pressure.State.HIGH, vm.memory_state
         patience = (DRIVER_S if vm.balloon is None or not vm.balloon.driver
-                    else DECIDE_S if self._policy.state else STATISTICS_S)
+                    else DECIDE_S if short else STATISTICS_S)
         if wanted == watch.target and now < watch.asked + patience:
             return
         watch.target, watch.asked = wanted, now
-        vm.worker.send(SetBalloon(vm.lease, wanted))
+        vm.worker.send(SetBalloon(vm.lease, wanted, statistics=short or state.looked))
+        state.looked = False
 
     async def _evict(self, vm: Vm, count: int) -> None:
         """Swap out the `count` coldest private pages.  What was used since the last time it was looked at is
@@ -221,7 +231,7 @@ class MemoryKeeper:
     async def _sample(self) -> None:
         """See which of the pages watched in the last period were used, and watch others."""
         while True:
-            await trio.sleep(SAMPLE_S)
+            await trio.sleep(LAZY_SAMPLE_S if self._plenty() else SAMPLE_S)
             for name, watch in list(self._watches.items()):
                 vm = self._guests.vms.get(name)
                 if vm is None or vm.block is None or vm.boots != watch.life or vm.worker is None:

@@ -6,8 +6,8 @@ Whoever carries out the memory policy writes it, the views read it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hostd.model import PAGE, PRESSURES, FrameCounts, MemoryEvents, MemoryUsage, MemoryView, SwapUsage
@@ -15,6 +15,7 @@ from hostd.policy.pressure import State
 
 if TYPE_CHECKING:
     from hostd.protocol import BalloonView
+    from hostd.sharing import SharingView
     from hostd.swapfile import SwapStats
 
 
@@ -26,6 +27,8 @@ class MemoryState:
     balloon_target: int | None = None
     #: the part of its memory that it actively uses, 0 to 1; None: not known
     working_set: float | None = None
+    #: somebody looked since the guest was last asked how its memory is doing
+    looked: bool = field(default=False, init=False)
     merged: int = 0
     broken: int = 0
     zeroed: int = 0
@@ -40,10 +43,11 @@ class MemoryState:
         self.balloon_target = self.working_set = None
 
     def usage(self, pages: Mapping[str, int] | None, balloon: BalloonView | None) -> MemoryUsage:
-        """The view.  `pages`: VmBlock.memory_counts(), None for a VM without memory; `balloon`: what its
-        driver said last."""
+        """The view, for somebody who looks.  `pages`: VmBlock.memory_counts(), None for a VM without memory;
+        `balloon`: what its driver said last."""
         if pages is None:
             return MemoryUsage()
+        self.looked = True
         assigned, said = pages["assigned"], balloon.statistics if balloon else {}
         return MemoryUsage(
             assigned=assigned * PAGE, resident=pages["resident"] * PAGE, private=pages["private"] * PAGE,
@@ -69,19 +73,19 @@ class HostMemoryState:
     pressure: State = State.HIGH
     #: workers that wait for frames
     waiting: int = 0
-    #: page sharing: pages looked at in a second now, and since the daemon started
-    scan_rate: float = 0.0
-    scanned: int = 0
+    #: how page sharing is doing, once it is
+    sharing: Callable[[], SharingView] | None = None
 
     def view(self, frames: FrameCounts, references: int, swap: SwapStats | None) -> MemoryView:
         """The view.  `references`: bytes of all guests that are in shared frames."""
+        sharing = None if self.sharing is None else self.sharing()
         return MemoryView(
             pool=frames.total * PAGE, free=frames.free * PAGE, lent=frames.granted * PAGE,
             private=frames.private * PAGE, shared=frames.shared * PAGE, overhead=frames.overhead * PAGE,
             # the guests go on while it is counted
             saved=max(0, references - frames.shared * PAGE), swap=_swap_usage(swap),
-            state=PRESSURES[self.pressure], waiting=self.waiting, scan_rate=self.scan_rate,
-            scanned=self.scanned)
+            state=PRESSURES[self.pressure], waiting=self.waiting,
+            scan_rate=sharing.rate if sharing else 0.0, scanned=sharing.scanned if sharing else 0)
 
 
 def _swap_usage(swap: SwapStats | None) -> SwapUsage:

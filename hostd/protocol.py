@@ -104,10 +104,11 @@ class DirtyLog(Message, frozen=True):
 
 
 class SetBalloon(Message, frozen=True):
-    """Ask the guest to give back so many pages in all, and how its memory is doing."""
+    """Ask the guest to give back so many pages in all; and, which wakes it, how its memory is doing."""
 
     vm: str
     pages: int
+    statistics: bool = False
 
 
 class CloseStore(Message, frozen=True):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -34,17 +33,13 @@ class Resident:
         self.lease = adopt.vm
         #: CLOCK_MONOTONIC ns of its entry among the worker's alarms that counts
         self.alarm: int | None = None
-        state = decode(adopt.state)
-        if adopt.since_ns:
-            passed = max(0, time.monotonic_ns() - adopt.since_ns)
-            state.time_ns += passed
-            state.cpu.tsc = state.cpu.tsc + passed * tsc_khz // 1_000_000 & (1 << 64) - 1
-        self.machine = VirtualMachine(cpu, block, frames, state, console, tsc_khz, translator.engine)
+        self.machine = VirtualMachine(cpu, block, frames, decode(adopt.state), console, tsc_khz,
+                                      translator.engine)
         self._p2m = block.p2m
         self._slots = slots
         block.p2m.fetch = self._fetch
         block.p2m.logging = adopt.logging
-        self.machine.resume_clock()
+        self.machine.resume_clock(adopt.since_ns)
         self._accounting = block.accounting
         # what it had before it came here; the run queue counts from zero
         self._before = Usage(block.accounting.run_ns, block.accounting.wait_ns, block.accounting.sleep_ns)
@@ -98,14 +93,15 @@ class Resident:
         pages = self._p2m.log(what)
         return Dirty(self.lease, pages.tobytes())
 
-    def set_balloon(self, pages: int) -> BalloonView:
-        """Ask the guest for `pages` in all, and for its statistics; the answer is what it said before."""
+    def set_balloon(self, pages: int, statistics: bool) -> BalloonView:
+        """Ask the guest for `pages` in all, and for its `statistics`; the answer is what it said before."""
         balloon = self.machine.balloon
         if balloon.target_pages != pages:
             balloon.target_pages = pages
         view = BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics),
                            balloon.counters["inflated"], balloon.counters["reported"])
-        balloon.request_statistics()
+        if statistics:
+            balloon.request_statistics()
         return view
 
     def take_report(self) -> Reported | None:
@@ -134,9 +130,11 @@ class Resident:
             return Listing(self.lease, "", True, problem)
         return Listing(self.lease, text, complete)
 
-    def capture(self) -> bytes:
-        """Its state without memory; it is off the CPU from here on."""
-        return encode(self.machine.capture())
+    def capture(self) -> tuple[bytes, int]:
+        """Its state without memory; it is off the CPU from here on.  And at which CLOCK_MONOTONIC its clock
+        stopped."""
+        state = self.machine.capture()
+        return encode(state), self.machine.clock.host_ns(state.time_ns)
 
     def close(self) -> None:
         """It is not run here any more: give back what the monitor took for it."""

@@ -233,10 +233,9 @@ class WorkerLoop:
         if guest is None:
             self._send(protocol.Refused(message.vm, "release", "it has ended"))
             return
-        state = guest.capture()
-        now = time.monotonic_ns()
-        self._forget(guest, now)
-        self._send(protocol.Released(guest.lease, state, now))
+        state, stopped_ns = guest.capture()
+        self._forget(guest, time.monotonic_ns())
+        self._send(protocol.Released(guest.lease, state, stopped_ns))
 
     def _on_input(self, message: protocol.Input) -> None:
         guest = self._guests.get(message.vm)
@@ -273,7 +272,7 @@ class WorkerLoop:
     def _on_set_balloon(self, message: protocol.SetBalloon) -> None:
         guest = self._guests.get(message.vm)
         if guest is not None:
-            self._send(guest.set_balloon(message.pages))
+            self._send(guest.set_balloon(message.pages, message.statistics))
             self._rouse(guest)
 
     def _on_close_store(self, message: protocol.CloseStore) -> None:

@@ -12,7 +12,7 @@ from hostd.ctl.pull import RECIPES, PulledImage, PullError, build_debian
 from tests.private_daemon import PrivateDaemon
 
 #: each of the guests touches some 50 MB while it boots, and 8 MB afterwards
-POOL = "132M"
+POOL = "100M"
 GUESTS = ("a", "b", "c", "d")
 #: fills memory with what cannot be compressed, and checks it over and over
 LOAD = ("mount -t tmpfs t /tmp; cd /tmp; for i in 0 1 2 3; do head -c 2097152 /dev/urandom > f$i; done; "
@@ -40,7 +40,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateDaemon]:
 def test_guests_that_need_more_than_there_is(daemon: PrivateDaemon, debian: PulledImage) -> None:
     kernel, initrd = debian.kernel.read_bytes(), daemon.upload(debian.initrd.read_bytes())
     for name in GUESTS:
-        daemon.create(name, kernel, initrd=initrd, append=debian.append, memory=128 << 20)
+        daemon.create(name, kernel, initrd=initrd, append=debian.append, memory=96 << 20)
     for name in GUESTS:
         daemon.do(name, "start")
     for name in GUESTS:
@@ -55,7 +55,7 @@ def test_guests_that_need_more_than_there_is(daemon: PrivateDaemon, debian: Pull
     memory = daemon.get("/memory", check=1)
     assert memory["wrong"] == []
     views = [daemon.get(f"/vms/{name}") for name in GUESTS]
-    assert all(view["state"] == "running" and not view["crashes"] for view in views)
+    assert all(view["state"] in ("running", "migrating") and not view["crashes"] for view in views)
     # in the order of the policy: given back by the guests, shared, swapped
     events = {kind: sum(view["memory_events"][kind] for view in views) for kind in views[0]["memory_events"]}
     assert events["merged"] > 1000 and events["swapped_out"] > 0

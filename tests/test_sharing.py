@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
 import trio.testing
 
-from hostd.sharing import ScanGuest
+from hostd.sharing import ScanGuest, task
 from hostd.sharing.task import BATCH, PERIOD
 from tests.sharing_rig import PAGES, SharingHost
 
@@ -190,17 +191,61 @@ def test_it_slows_down_when_there_is_nothing_to_find(host: SharingHost) -> None:
         guest.fill(page, unique(0, page))
     assert host.sharing.view().rate == 1600
     host.scan(20)
-    assert host.sharing.view().rate == 100
+    assert host.sharing.view().rate == 25
     host.sharing.urgent = True
     assert host.sharing.view().rate == 1600
     host.sharing.urgent = False
     host.guest("alpine").fill(1, b"another guest")
     host.scan()
-    assert host.sharing.view().rate >= 800, "a new guest is worth a look"
+    assert host.sharing.view().rate >= 400, "a new guest is worth a look"
     host.scan(20)
+    assert host.sharing.view().rate == 25
     guest.fill(7, b"\0")
+    rates = set()
+    for _ in range(5):
+        host.scan()
+        rates.add(host.sharing.view().rate)
+    assert 1600 in rates, "there was something to find"
+
+
+def test_it_is_at_full_rate_again_when_much_memory_is_taken(host: SharingHost, monkeypatch: Any) -> None:
+    host.rate = 1600
+    guest = host.guest()
+    for page in range(50):
+        guest.fill(page, unique(0, page))
+    host.scan(20)
+    free = host.books.free_frames()
+    monkeypatch.setattr(host.books, "free_frames", lambda: free - task._GROWTH)
     host.scan()
-    assert host.sharing.view().rate == 1600, "there was something to find"
+    assert host.sharing.view().rate == 25
+    monkeypatch.setattr(host.books, "free_frames", lambda: free - task._GROWTH - 1)
+    host.scan()
+    assert host.sharing.view().rate >= 400
+    host.scan(20)
+    assert host.sharing.view().rate == 25, "it has not grown since"
+
+
+def test_an_idle_scan_is_roused_by_guests_that_start_and_by_a_shortage(host: SharingHost) -> None:
+    """The next one would be due long after."""
+    host.rate = 4 * PAGES
+    guest = host.guest()
+    for page in range(PAGES):
+        guest.fill(page, unique(0, page))
+
+    async def run() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.sharing.run)
+            while host.sharing.view().rate > 4 * PAGES * task.SLOWEST:
+                await trio.sleep(1)
+            for rouse in (host.sharing.rouse, lambda: setattr(host.sharing, "urgent", True)):
+                await trio.sleep(1)
+                done = host.sharing.scanned, host.scanner.passes
+                rouse()
+                await trio.sleep(0.5)
+                assert (host.sharing.scanned, host.scanner.passes) != done
+            nursery.cancel_scope.cancel()
+
+    trio.run(run, clock=trio.testing.MockClock(autojump_threshold=0.001))
 
 
 def test_the_task_keeps_the_pace(host: SharingHost) -> None:

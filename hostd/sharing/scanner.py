@@ -21,6 +21,7 @@ CHUNK = 512
 _WINDOW = 4096
 #: entries that are passed over in the time in which a page is hashed
 _ENTRIES_A_PAGE = 512
+_NOTHING = np.empty(0, dtype=np.int64)
 _PRIVATE, _SHARED = np.uint64(Kind.PRIVATE << KIND_SHIFT), np.uint64(Kind.SHARED << KIND_SHIFT)
 
 Hash = Callable[[np.ndarray], np.ndarray]
@@ -71,24 +72,29 @@ class _Known:
         self.cursor = 0
         self.done = False
 
-    def next_pages(self, seen: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next few pages, at most `most`, and their entries; none when the walk is through.
+    def next_pages(self, met: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The next few pages, at most `most`, their frames, and which of them are private; none when the walk
+        is through.
 
-        They are the private ones, and the shared ones that have not been `seen`, by place.
+        They are the private ones, and the shared ones whose frames have not been `met`.
         """
         while self.cursor < self.pages:
             start, self.cursor = self.cursor, min(self.cursor + _WINDOW, self.pages)
             entries = self.guest.leaf[start:self.cursor].copy()
             kinds = entries & np.uint64(KIND_MASK)
-            new = ~seen[self.first + start:self.first + self.cursor]
-            found = np.flatnonzero((kinds == _PRIVATE) | (kinds == _SHARED) & new)
+            found = np.flatnonzero((kinds == _PRIVATE) | (kinds == _SHARED))
+            frames = ((entries[found] & np.uint64(FRAME_MASK)) >> PAGE_SHIFT).astype(np.int64)
+            private = kinds[found] == _PRIVATE
+            # the guest may have ended: what was its P2M array may be something else by now
+            new = (frames < len(met)) & (private | ~met.take(frames, mode="clip"))
+            found, frames, private = found[new], frames[new], private[new]
             if len(found) > most:
-                found = found[:most]
+                found, frames, private = found[:most], frames[:most], private[:most]
                 self.cursor = start + int(found[-1]) + 1
             if len(found):
-                return found + start, entries[found]
+                return found + start, frames, private
         self.done = True
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.uint64)
+        return _NOTHING, _NOTHING, _NOTHING.astype(bool)
 
 
 class Scanner:
@@ -100,7 +106,6 @@ class Scanner:
 
     def __init__(self, hash: Hash, frames: int, key: np.random.Generator) -> None:
         self._hash = hash
-        self._frames = frames
         self.table = Table()
         #: passes over all guests that are complete
         self.passes = 0
@@ -110,8 +115,12 @@ class Scanner:
         #: a place is a number for each page of each guest, from 1; by place, the hash of the page when it was
         #: last looked at, or another one if it was offered then, or 0 if there is none
         self._last = np.zeros(1, dtype=np.uint64)
-        self._seen = np.zeros(1, dtype=bool)
         self._offered = np.zeros(1, dtype=bool)
+        #: by frame, the shared ones that were looked at in this pass, or are in the table: clones have them
+        #: in common, and one look is enough
+        self._met = np.zeros(frames, dtype=bool)
+        #: pages looked at in this pass
+        self._looked = 0
         #: of each image, the place of the page that was last seen with this number
         self._there: dict[Hashable, np.ndarray] = {}
         self._turn = 0
@@ -131,19 +140,15 @@ class Scanner:
             self._turn += 1
             known = waiting[self._turn % len(waiting)]
             start = known.cursor
-            pages, entries = known.next_pages(self._seen, min(CHUNK, budget))
+            pages, frames, private = known.next_pages(self._met, min(CHUNK, budget))
             # passing over entries costs time too, if not as much
             budget -= len(pages) + (known.cursor - start) // _ENTRIES_A_PAGE
             if len(pages):
                 found.scanned += len(pages)
-                frames = ((entries & np.uint64(FRAME_MASK)) >> PAGE_SHIFT).astype(np.int64)
-                # the guest may have ended: what was its P2M array may be something else by now
-                real = frames < self._frames
-                pages, entries, frames = pages[real], entries[real], frames[real]
+                self._looked += len(pages)
                 hashes = self._hash(frames)
-                private = (entries & np.uint64(KIND_MASK)) == _PRIVATE
                 self._look(known, pages[private], hashes[private], found)
-                self._look_at_shared(known, pages[~private], frames[~private], hashes[~private], found)
+                self._look_at_shared(frames[~private], hashes[~private], found)
         return found.candidates()
 
     def frozen(self, key: Hashable, pages: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -157,6 +162,7 @@ class Scanner:
 
     def adopted(self, frames: np.ndarray) -> np.ndarray:
         """Shared frames were pinned once for the table.  The answer is those whose pin is not needed."""
+        self._met[frames] = True
         return self.table.add(self._hash(frames), frames)
 
     def targets(self, key: Hashable, pages: np.ndarray, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +184,6 @@ class Scanner:
             if guest.key not in self._known:
                 known = self._known[guest.key] = _Known(guest, len(self._last))
                 self._last = np.append(self._last, np.zeros(known.pages, dtype=np.uint64))
-                self._seen = np.append(self._seen, np.zeros(known.pages, dtype=bool))
                 self._offered = np.append(self._offered, np.zeros(known.pages, dtype=bool))
 
     def _end_pass(self) -> None:
@@ -187,7 +192,11 @@ class Scanner:
         self.passes += 1
         for known in self._known.values():
             known.cursor, known.done = 0, False
-        self._waiting.clear(int(np.count_nonzero(self._seen)))
+        self._waiting.clear(self._looked)
+        self._looked = 0
+        # what is met and not in the table may be used for something else by now
+        self._met[np.flatnonzero(self._met)] = False
+        self._met[self.table.all_frames()] = True
         if len(self._last) > 1 + sum(known.pages for known in self._known.values()):
             self._close_ranks()
 
@@ -195,7 +204,7 @@ class Scanner:
         """Have no places without a guest.  Nobody may remember a place over this."""
         kept = np.concatenate([[0], *(np.arange(known.first, known.first + known.pages)
                                       for known in self._known.values())])
-        self._last, self._seen, self._offered = self._last[kept], self._seen[kept], self._offered[kept]
+        self._last, self._offered = self._last[kept], self._offered[kept]
         self._there.clear()
         first = 1
         for known in self._known.values():
@@ -215,7 +224,6 @@ class Scanner:
         stable = self._last[places] == hashes
         free = stable | ~self._offered[places]
         self._last[places] = hashes
-        self._seen[places] = True
 
         zero = free & (hashes == 0)
         if zero.any():
@@ -233,10 +241,9 @@ class Scanner:
         if merge.any():
             found.merges.append((known.guest.key, pages[merge], hashes[merge]))
 
-    def _look_at_shared(self, known: _Known, pages: np.ndarray, frames: np.ndarray, hashes: np.ndarray,
-                        found: _Found) -> None:
-        """Pages that share frames are looked at once: others may be equal to them."""
-        self._seen[known.first + pages] = True
+    def _look_at_shared(self, frames: np.ndarray, hashes: np.ndarray, found: _Found) -> None:
+        """Shared frames are looked at once: pages may be equal to them."""
+        self._met[frames] = True
         strange = ~self._is_shared(hashes)
         self._promised.update(hashes[strange].tolist())
         found.strangers += frames[strange].tolist()

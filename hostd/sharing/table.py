@@ -41,6 +41,10 @@ class Table:
         get = self._frames.get
         return np.array([get(key, 0) for key in hashes.tolist()], dtype=np.int64)
 
+    def all_frames(self) -> np.ndarray:
+        """Every frame in it."""
+        return np.fromiter(self._frames.values(), dtype=np.int64, count=len(self._frames))
+
     def sweep(self, shares: Callable[[np.ndarray], np.ndarray], most: int) -> np.ndarray:
         """Drop entries of which only the pin is left, and say which frames they were.
 

@@ -14,14 +14,18 @@ import trio
 from hostd.errors import HostError
 from hostd.sharing.scanner import Candidates, ScanGuest, Scanner
 
-#: seconds between scans
+#: seconds between scans at the full rate; at slower ones they are as large, and farther apart
 PERIOD = 0.25
-#: and while there is nothing to scan
+#: seconds between looks whether there is something to scan
 _IDLE_PERIOD = 1.0
-#: the slowest, as a part of the full rate, after passes that found next to nothing
-SLOWEST = 1 / 16
+#: seconds from the beginning of a pass to the next one's: what changes sooner is not worth sharing
+_PASS = 5.0
+#: the slowest rate, as a part of the full one, and how much slower a pass makes it that found next to nothing
+SLOWEST, _SLOWER = 1 / 64, 1 / 4
+#: frames that were free and are not any more: guests have new pages, which is worth a look at the full rate
+_GROWTH = 4096
 #: a pass found something if that was more than one page of so many
-_WORTH = 256
+_WORTH = 64
 #: pages of one guest that are asked for at once
 BATCH = 512
 #: entries of the table looked at in one period for frames that nobody has
@@ -59,7 +63,9 @@ class Reclaimer(Protocol[_VContra]):
 
 
 class Pins(Protocol):
-    """The books, as far as the table needs them."""
+    """The books, as far as page sharing needs them."""
+
+    def free_frames(self) -> int: ...
 
     def pin(self, frames: np.ndarray) -> None: ...
 
@@ -95,8 +101,6 @@ class Sharing(Generic[V]):
     def __init__(self, scanner: Scanner, reclaimer: Reclaimer[V], pins: Pins,
                  guests: Callable[[], Sequence[V]], image: Callable[[V], Hashable],
                  rate: Callable[[], int]) -> None:
-        #: memory is short: the full rate, whatever the last passes found
-        self.urgent = False
         self.scanned = self.merged = self.zeroed = self.refused = 0
         self._scanner = scanner
         self._reclaimer = reclaimer
@@ -105,17 +109,48 @@ class Sharing(Generic[V]):
         self._image = image
         self._rate = rate
         self._known: set[Hashable] = set()
-        #: part of the full rate; what this pass has looked at and found
-        self._pace = 1.0
+        self._urgent = False
+        self._roused = trio.Event()
+        #: part of the full rate; frames that were free when it was last the whole
+        self._pace, self._free = 1.0, 0
+        #: what this pass has looked at and found
         self._pass = _Pass()
+
+    @property
+    def urgent(self) -> bool:
+        """Memory is short: the full rate, whatever the last passes found."""
+        return self._urgent
+
+    @urgent.setter
+    def urgent(self, urgent: bool) -> None:
+        if urgent and not self._urgent:
+            self.rouse()
+        self._urgent = urgent
+
+    def rouse(self) -> None:
+        """Scan now: the guests are others than they were."""
+        self._roused.set()
 
     async def run(self) -> None:
         """Scan for ever."""
-        due = trio.current_time()
+        due = began = trio.current_time()
+        seconds = PERIOD
         while True:
-            looked = await self.step(PERIOD)
-            due = max(due + (PERIOD if looked else _IDLE_PERIOD), trio.current_time())
-            await trio.sleep_until(due)
+            self._roused = trio.Event()
+            passes = self._scanner.passes
+            looked = await self.step(seconds)
+            seconds = max(PERIOD / self._part, 0 if looked else _IDLE_PERIOD)
+            due = max(due + seconds, trio.current_time())
+            if self._scanner.passes != passes:
+                due = began = due if self.urgent else max(due, began + _PASS)
+            with trio.move_on_at(due):
+                await self._roused.wait()
+                due = trio.current_time()
+
+    @property
+    def _part(self) -> float:
+        """The rate at this moment, of the full one."""
+        return 1.0 if self._urgent else self._pace
 
     async def step(self, seconds: float) -> int:
         """One scan, of as many pages as are due in so many seconds, and all that follows from it.
@@ -125,26 +160,31 @@ class Sharing(Generic[V]):
         alive = [(block, vm) for vm in self._guests() if (block := vm.block) is not None]
         guests = [ScanGuest(block, self._image(vm), block.leaf()) for block, vm in alive]
         vms: dict[Hashable, V] = dict(alive)
-        if not self._known.issuperset(vms):
-            self._pace = 1.0
-        self._known = set(vms)
-        budget = int(self._rate() * seconds * (1.0 if self.urgent else self._pace))
+        budget = int(self._rate() * seconds * self._part)
+        self._look_for_growth(set(vms))
         passes = self._scanner.passes
         found = await trio.to_thread.run_sync(self._scanner.scan, guests, budget)
         self.scanned += found.scanned
         self._pass.add(found)
         if self._scanner.passes != passes:
-            self._pace = 1.0 if self._pass.worth else max(self._pace / 2, SLOWEST)
+            self._pace = 1.0 if self._pass.worth else max(self._pace * _SLOWER, SLOWEST)
             self._pass = _Pass()
         await self._act(vms, found)
         self._unpin(self._scanner.table.sweep(self._pins.shares, _SWEEP))
         return found.scanned
 
+    def _look_for_growth(self, known: set[Hashable]) -> None:
+        """The full rate from here on if there are guests, or pages, that there were not."""
+        free = self._pins.free_frames()
+        if known - self._known or free < self._free - _GROWTH:
+            self._pace, self._free = 1.0, free
+        self._known, self._free = known, max(free, self._free)
+
     def view(self) -> SharingView:
         """The figures of this moment."""
         return SharingView(scanned=self.scanned, merged=self.merged, zeroed=self.zeroed, refused=self.refused,
                            passes=self._scanner.passes, frames=len(self._scanner.table),
-                           rate=self._rate() * (1.0 if self.urgent else self._pace))
+                           rate=self._rate() * self._part)
 
     async def _act(self, vms: dict[Hashable, V], found: Candidates) -> None:
         """Offer the candidates to those who run the guests: freezes first, for merges need their frames."""

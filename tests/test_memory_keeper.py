@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The keeper of memory on a host whose guests do what they are told: whom it asks, and when."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from hostd.memory_keeper import STATISTICS_S, MemoryKeeper
+from hostd.memory_state import HostMemoryState
+from hostd.protocol import Message, SetBalloon
+from hostd.reclaiming import Reclaimer
+from tests.told_host import MEMORY, ToldHost
+
+
+def keeper_of(told: ToldHost) -> MemoryKeeper:
+    host = told.host
+    return MemoryKeeper(host._guests, host._memory, Reclaimer(host._guests, host._memory), host.events,
+                        HostMemoryState(), lambda urgent: None)
+
+
+async def test_while_there_is_plenty_guests_are_woken_for_those_who_look(
+        told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    await told.running("web")
+    vm = told.host._guests.vms["web"]
+    sent: list[Message] = []
+    monkeypatch.setattr(vm.worker, "send", sent.append)
+    keeper = keeper_of(told)
+
+    async def asked() -> list[tuple[int, bool]]:
+        await keeper.decide()
+        questions = [(message.pages, message.statistics) for message in sent
+                     if isinstance(message, SetBalloon)]
+        sent.clear()
+        return questions
+
+    assert await asked() == [(0, False)], "whether there is a driver wakes nobody"
+    assert await asked() == []
+    told.host.get("web")
+    assert not keeper._looked_at() and await asked() == [], "it was asked just now"
+    keeper._watches["web"].asked -= STATISTICS_S + 1
+    assert keeper._looked_at()
+    assert await asked() == [(0, True)]
+    keeper._watches["web"].asked -= STATISTICS_S + 1
+    assert not keeper._looked_at(), "nobody has looked since"
+    vm.definition = msgspec.structs.replace(vm.definition, memory_target=MEMORY // 2)
+    assert await asked() == [(MEMORY // 2 >> 12, False)]
