@@ -115,6 +115,7 @@ class Emigration:
 
     async def _offer(self, talk: Conversation) -> Accept:
         here, vm = self._here, self._vm
+        vm.check(Trigger.MOVE)                      # it may have ended while the other host was called
         portable = belongings.pack(vm.definition, here.images)
         monitor = self._request.vmm or vm.definition.vmm
         definition = msgspec.structs.replace(portable.definition, vmm=monitor)
