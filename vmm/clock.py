@@ -33,13 +33,15 @@ class GuestClock:
         """Whether time passes for the guest."""
         return self._stopped is None
 
-    def start(self) -> None:
-        """Go on from where the clock stands."""
+    def start(self, since_ns: int = 0) -> None:
+        """Go on from where the clock stands.  `since_ns`: as if it had gone on at this CLOCK_MONOTONIC."""
         if self._stopped is None:
             return
         time_ns, tsc = self._stopped
-        self.base_ns = time.monotonic_ns() - time_ns
-        self.tsc_offset = tsc - self._read() & _MASK64
+        now = time.monotonic_ns()
+        passed = max(0, now - since_ns) if since_ns else 0
+        self.base_ns = now - passed - time_ns
+        self.tsc_offset = tsc + passed * self.tsc_khz // 1_000_000 - self._read() & _MASK64
         self._stopped = None
 
     def stop(self) -> None:
@@ -69,5 +71,5 @@ class GuestClock:
         return self.now() + ahead * 1_000_000 // self.tsc_khz
 
     def host_ns(self, guest_ns: int) -> int:
-        """CLOCK_MONOTONIC at a guest time, while running."""
+        """CLOCK_MONOTONIC at a guest time, up to the one at which the clock was stopped last."""
         return guest_ns + self.base_ns

@@ -125,11 +125,11 @@ class VirtualMachine:
         self.processor.evict()
         self.clock.stop()
 
-    def resume_clock(self) -> None:
-        """Guest time goes on."""
+    def resume_clock(self, since_ns: int = 0) -> None:
+        """Guest time goes on.  `since_ns`: as if it had at this CLOCK_MONOTONIC."""
         if not self.clock.running:
             self.processor.evict()
-            self.clock.start()
+            self.clock.start(since_ns)
             self.processor.sync_clock()
 
     def capture(self) -> MachineState:
