@@ -64,6 +64,8 @@ class Arrival:
         self._ended: Counter[int] = Counter()
         self._changed = trio.Event()
         self._final: tuple[Final, SavedVm] | None = None
+        #: when that was
+        self._ready_ns = 0
         #: its definition, to be in the inventory
         self._prepared: Prepared | None = None
         #: batches that are being installed, and who waits for the last of them
@@ -167,11 +169,13 @@ class Arrival:
             self.fetching = Fetching(self._here, self._memory, left, self.progress)
         self._memory.close()
         self._final = final, saved
+        self._ready_ns = time.monotonic_ns()
 
     async def commit(self, commit: Commit, peer: str, tell: Callable[[], Awaitable[None]]) -> Vm:
         """It is this host's from here on, and runs; `tell` is called then.  Raises HostError if it is not.
         Not to be cancelled."""
         heard = time.monotonic_ns()
+        elapsed = commit.elapsed_ns + max(0, heard - self._ready_ns - commit.held_ns) // 2
         assert self._final is not None
         final, saved = self._final
         self.stage = "committing"
@@ -198,8 +202,8 @@ class Arrival:
                 vm.parked = final.state
                 vm.follow(Trigger.PAUSE)
             else:
-                await self._run(vm, final.state, heard - commit.elapsed_ns, commit.typed)
-            self.progress.downtime = (commit.elapsed_ns + time.monotonic_ns() - heard) / 1e9
+                await self._run(vm, final.state, heard - elapsed, commit.typed)
+            self.progress.downtime = (elapsed + time.monotonic_ns() - heard) / 1e9
             try:
                 await tell()
             except HostError as error:

@@ -62,6 +62,8 @@ class Leaving:
         self._vm = vm
         self._peer = peer
         self._progress = progress
+        #: when the other host was heard to be ready
+        self._ready_ns = 0
 
     async def run(self, talks: Sequence[Conversation], copying: Copying, written: DirtyLog, left: np.ndarray,
                   later: bool, definition: Definition) -> None:
@@ -152,6 +154,7 @@ class Leaving:
             ballooned=pack_bitmap(OutgoingMemory(vm.block).ballooned(), pages)))
         await copying.confirmed()
         await talk.expect(Ready)
+        self._ready_ns = time.monotonic_ns()
         return left
 
     async def _commit(self, talk: Conversation, stopped: Stopped, left: np.ndarray) -> None:
@@ -175,10 +178,12 @@ class Leaving:
         """Say Commit; None: the guest is the other host's now, else why it is not."""
         try:
             with trio.fail_after(ANSWER_S):
-                elapsed = 0 if stopped.paused else time.monotonic_ns() - stopped.at_ns + talk.rtt_ns // 2
+                now = time.monotonic_ns()
+                elapsed = 0 if stopped.paused else now - stopped.at_ns
                 # what is typed from here on is refused: it may be the other host's guest that it is for
                 self._vm.keeps_typed = False
-                await talk.send(Commit(self._progress.token, elapsed, self._vm.typed))
+                await talk.send(Commit(self._progress.token, elapsed, self._vm.typed,
+                                       now - self._ready_ns))
                 await talk.expect(Committed)
             return None
         except Declined as error:

@@ -185,11 +185,13 @@ class Ready(About, frozen=True):
 
 
 class Commit(About, frozen=True):
-    """S: the guest is yours.  `elapsed_ns`: how long it has stood still; `typed`: at its console meanwhile.
-    Answer: Committed, or Aborted."""
+    """S: the guest is yours.  `elapsed_ns`: how long it has stood still; `typed`: at its console meanwhile;
+    `held_ns`: since Ready came, the rest of the time since it was said is the way there and back.  Answer:
+    Committed, or Aborted."""
 
     elapsed_ns: Nanoseconds
     typed: Annotated[bytes, Meta(max_length=2048)] = b""
+    held_ns: Nanoseconds = 0
 
 
 class Committed(About, frozen=True):
