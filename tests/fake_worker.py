@@ -69,9 +69,11 @@ class FakeWorker:
                 self.send(protocol.Console(vm, f"share {weight} {cap}\n".encode()))
             case protocol.ListTranslations(vm=vm, address=address) if vm in self.states:
                 self.list(vm, address)
-            case protocol.Reclaim(vm=vm, frames=frames) if b"last words" in self.states[vm]:
+            case protocol.Reclaim(vm=vm, frames=frames) if b"last words" in self.states.get(vm, b""):
                 self.send(protocol.Reclaimed(vm, b"", frames))
                 self.end(vm, "poweroff", "")
+            case protocol.Reclaim(vm=vm) if vm in self.states:
+                self.send(protocol.Reclaimed(vm, b"", b""))
             case protocol.Ping(id=id):
                 self.send(protocol.Pong(id, [1, 2], 3000, TranslatorView(units=5, used_bytes=80)))
             case protocol.Quit():
