@@ -244,8 +244,8 @@ def test_the_clock_goes_on_through_many_moves(hosts: TwoHosts, monitor: str) -> 
     lost = behind(hosts.a, "vm", khz) - before
     seen = Evidence(hosts.a.console("vm"))
     seen.check()
-    # no more than a millisecond a move, and what the two daemons' ideas of the frequency may differ by
-    assert abs(lost) < moves * 1e-3 + 500e-6 * (time.monotonic() - began) + 5e-3, lost
+    # no more than two milliseconds a move, and what the two daemons' ideas of the frequency may differ by
+    assert abs(lost) < moves * 2e-3 + 500e-6 * (time.monotonic() - began) + 5e-3, lost
     assert max(after - before for before, after in pairwise(seen.clock)) / khz / 1e3 < sum(gaps) + 1
 
 
