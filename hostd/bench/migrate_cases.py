@@ -95,7 +95,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     #: the longest time between two rounds of the guest's load: while it migrates, and before
     still: float | None = None
     usual: float | None = None
-    #: what its clock fell behind the host's each time, and in all, and what may be imprecision of that
+    #: what its clock fell behind the host's each time; and in all, however it went, and what may be
+    #: imprecision of that
     lost: float | None = None
     drift: float | None = None
     allowed: float | None = None

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from hostd.ctl.errors import CtlError
 
 _CLONE_NEWNET = 0x40000000
-_NAMESPACES = ("hostd-bench-a", "hostd-bench-b")
 #: documentation's own addresses (RFC 5737): nobody else has them
 _ADDRESSES = ("192.0.2.1", "192.0.2.2")
 #: one way each, so that 20 ms are the way there and back; the first that the kernel has
@@ -78,17 +77,17 @@ def slow_network() -> Iterator[Network]:
     """Two namespaces with a slow line between them.  Raises Unavailable."""
     if os.geteuid() != 0:
         raise Unavailable("network namespaces can be made by root only")
-    first, second = _NAMESPACES
+    first, second = namespaces = [f"hostd-bench-{os.getpid()}-{end}" for end in "ab"]
     with ExitStack() as made:
-        for namespace in _NAMESPACES:
+        for namespace in namespaces:
             _ip("netns", "add", namespace)
             made.callback(_ip, "netns", "del", namespace)
             _ip("-n", namespace, "link", "set", "lo", "up")
         _ip("link", "add", "wire", "netns", first, "type", "veth", "peer", "name", "wire", "netns", second)
-        for namespace, address in zip(_NAMESPACES, _ADDRESSES, strict=True):
+        for namespace, address in zip(namespaces, _ADDRESSES, strict=True):
             _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "wire")
             _ip("-n", namespace, "link", "set", "wire", "up")
-        about, _ = map(_shape, _NAMESPACES)
+        about, _ = map(_shape, namespaces)
         yield Network(about, (Site(_ADDRESSES[0], first), Site(_ADDRESSES[1], second)))
 
 
