@@ -105,6 +105,10 @@ class Host:
         self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
+        if any((config.state_dir / "migrations").glob("*.json")):
+            # Invariant: a guest that an earlier daemon may have given away is nobody's to start, from the
+            # first moment on; who has no such guest need not wait for what `migrations` imports
+            _ = self.migrations
         self._powering = Powering(self.config_now, self._guests, self._inventory, lambda: self._saver,
                                   lambda: self._restorer, lambda vm: self.start(vm.name))
 

@@ -33,23 +33,24 @@ class Restarting:
         self._here = here
         self._note = note
         self._autostart = autostart
-        self._doubts: dict[str, Doubt] = {}
-        for record in here.handovers.fenced():
+        # Invariant: only what an earlier daemon left; this one's own records come and go from now on
+        self._fenced, self._unkept = here.handovers.fenced(), here.handovers.unkept()
+        self._doubts = {record.vm: Doubt(record.token) for record in self._fenced}
+        for record in self._fenced:
             vm = here.guests.vms.get(record.vm)
             if vm is not None:
                 vm.away = vm.reason = here.handovers.doubt_sentence(record.token)
-        for record in here.handovers.unkept():
+        for record in self._unkept:
             if record.definition is not None and record.vm not in here.guests.vms:
                 here.guests.add(Vm(record.definition, here.events))
 
     async def run(self) -> None:
         """Until all is settled."""
         async with trio.open_nursery() as nursery:
-            for record in self._here.handovers.unkept():
+            for record in self._unkept:
                 nursery.start_soon(self._keep, record)
-            for record in self._here.handovers.fenced():
-                doubt = self._doubts[record.vm] = Doubt(record.token)
-                nursery.start_soon(self._settle, record, doubt)
+            for record in self._fenced:
+                nursery.start_soon(self._settle, record, self._doubts[record.vm])
 
     async def recover(self, vm: Vm) -> bool:
         """A user says that the VM is this host's; whether that was open."""
@@ -57,7 +58,7 @@ class Restarting:
         if doubt is None:
             return False
         doubt.recover()
-        while vm.away:
+        while self._doubts.get(vm.name) is doubt:
             await vm.activity.wait()
         return True
 
@@ -95,10 +96,11 @@ class Restarting:
             return
         finally:
             del self._doubts[record.vm]
+            if vm is not None:
+                vm.activity.notify()
         if follows == "depart":
             await forget(peer, record.token)
         elif vm is not None:
             vm.away, vm.reason = "", "it ended with an earlier hostd, while it was being handed over"
-            vm.activity.notify()
             if vm.definition.autostart:
                 self._autostart(vm)
