@@ -14,8 +14,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from hostd.migration import wire
-from hostd.migration.messages import decode
 from tests.private_daemon import SOON
 from tests.two_hosts import LOOPBACK
 
@@ -25,6 +26,13 @@ _ANY = dict.fromkeys(wire.Kind, 1 << 30)
 PREAMBLE = "Preamble"
 #: a socket with this linger is reset when it is closed
 _RESET = struct.pack("ii", 1, 0)
+#: what frames are called that carry no message
+_BINARY = {wire.Kind.PAGES: "Pages", wire.Kind.DIGESTS: "Digests", wire.Kind.BLOB: "BlobPiece"}
+
+
+def _word(frame: wire.Frame) -> str:
+    """What it says."""
+    return _BINARY.get(frame.kind) or str(msgspec.msgpack.decode(frame.payload)[0])
 
 
 @dataclass
@@ -94,7 +102,7 @@ class Connection:
                     greeted = True
                     self._pass(PREAMBLE, wire.preamble(spoken), receiver, direction)
                 while (frame := splitter.take(_ANY)) is not None:
-                    self._pass(type(decode(frame)).__name__, wire.frame(*frame), receiver, direction)
+                    self._pass(_word(frame), wire.frame(*frame), receiver, direction)
             if not self._loses(direction):
                 receiver.shutdown(socket.SHUT_WR)
         except OSError:

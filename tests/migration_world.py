@@ -70,7 +70,7 @@ Kind = Literal["witness", "idle", "obedient"]
 KINDS: dict[Kind, Told] = {
     "witness": Told(lambda: witness(pages=400, words=100, period=50_000_000), "",
                     r"t \w{8} \w{8} (\w{8})\n", 16),
-    "idle": Told(lambda: guests.read("idle"), "ms=20", r"tick (\d+)\n", 10),
+    "idle": Told(lambda: guests.read("idle"), "ms=20", r"tick (\d+)\r\n", 10),
     "obedient": Told(obedient, "", r"n (\w{8})\n", 16, resets=True)}
 
 
@@ -219,6 +219,11 @@ class World:
         told, daemon = KINDS[self.kind], self.source.daemon
         daemon.create(GUEST, told.kernel(), append=told.append, vmm=self.vmm, start=True, **fields)
         daemon.wait(GUEST, console=told.line)
+        self.new_life()
+
+    def new_life(self) -> None:
+        """What its console said before is of another."""
+        self._before = ""
 
     def begin(self, **request: Any) -> None:
         """A migration over the line."""
