@@ -97,7 +97,7 @@ def changed(said: list[bytes], changes: list[tuple[str, int, int]]) -> list[byte
     for what, which, seed in changes:
         draw = random.Random(seed)
         # with a preamble that is none all is over
-        number = which % len(said) or seed % 4 and len(said) - 1
+        number = which % len(said) or (seed % 4 and len(said) - 1)
         data = bytearray(said[number])
         at = draw.randrange(len(data) or 1)
         match what:
