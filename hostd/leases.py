@@ -90,6 +90,8 @@ class Leases:
             protocol.Refused: self._on_refused,
             protocol.Stopped: self._on_stopped,
             protocol.Console: self._on_console,
+        #: called when a guest stands still because it has as many frames as it may
+        self.on_limit: Callable[[Vm], None] = lambda vm: None
             protocol.Listing: self._on_listing,
             protocol.NeedFrames: self._on_need_frames,
             protocol.Reported: self._on_reported,
@@ -98,6 +100,7 @@ class Leases:
             protocol.Wanted: self._on_wanted,
             protocol.BalloonView: self._on_balloon,
         }
+            protocol.AtLimit: self._on_at_limit,
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0,
                     unchanged: bool = False) -> None:
@@ -119,7 +122,7 @@ class Leases:
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
             weight=vm.definition.weight, cap=vm.cap,
             stores=books.stores.paths(books.stores_of(vm.block)), unchanged=unchanged,
-            logging=vm.block.p2m.logging))
+            logging=vm.block.p2m.logging, ration=vm.ration))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))
         await reply.wait()
@@ -258,6 +261,9 @@ class Leases:
         """Memory came free: give it to the workers that wait for some, and let others look."""
         for worker, count in list(self._hungry.items()):
             self._on_need_frames(worker, protocol.NeedFrames(count))
+    def _on_at_limit(self, worker: Worker, message: protocol.AtLimit) -> None:
+        self.on_limit(self._held[message.vm])
+
         self._memory.freed()
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:

@@ -26,6 +26,7 @@ from hostd.memory_state import HostMemoryState
 from hostd.policy import HostMemory, Policy, VmMemory, VmPlan, WorkingSet, pressure, settle
 from hostd.policy.victims import NEW, aged, coldest
 from hostd.protocol import SetBalloon
+from hostd.rationing import Rationing
 from hostd.reclaiming import Reclaimer
 from hostd.swapfile import Full
 from hostd.vm import Vm
@@ -85,6 +86,7 @@ class MemoryKeeper:
         #: the last decision asked for nothing
         self._settled = False
         self._hunger = trio.Event()
+        self._rationing = Rationing(guests.leases, self._evict)
         guests.leases.on_hunger = memory.on_want = self._hungry
 
     def _hungry(self) -> None:
@@ -94,6 +96,7 @@ class MemoryKeeper:
         """Keep memory until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._sample)
+            nursery.start_soon(self._rationing.run)
             decided, about = -PLENTY_S, None
             while True:
                 with trio.move_on_after(DECIDE_S):
@@ -128,7 +131,8 @@ class MemoryKeeper:
         vms = [vm for vm in self._guests.vms.values() if vm.block is not None and vm.state in _KEPT]
         self._watches = {vm.name: self._watch(vm) for vm in vms}
         before = self._policy.state
-        plan = self._policy.decide(self._host_memory(), [self._stands(vm) for vm in vms])
+        stands = [self._stands(vm) for vm in vms]
+        plan = self._policy.decide(self._host_memory(), stands)
         if plan.state is not before:
             log.log(logging.WARNING if plan.state > before else logging.INFO, "memory pressure",
                     extra={"state": plan.state.label, "before": before.label})
@@ -138,7 +142,8 @@ class MemoryKeeper:
         # a balloon on its way moves a step a decision
         self._settled = not any(one.balloon or one.evict for one in plan.vms.values())
         self._urgent(plan.share)
-        for vm in vms:
+        for vm, stand in zip(vms, stands, strict=True):
+            self._ration(vm, plan.vms[vm.name], stand)
             self._ask(vm, plan.vms[vm.name])
         for vm in vms:
             if plan.vms[vm.name].evict:
@@ -182,6 +187,13 @@ class MemoryKeeper:
 
     # --- carrying out
 
+    def _ration(self, vm: Vm, plan: VmPlan, stand: VmMemory) -> None:
+        """Its limit is all that it has, its part of what it shares included; a guest that is blocked gets
+        nothing above its target either."""
+        most = min(plan.target, stand.limit) if plan.blocked else stand.limit
+        shared = stand.resident - stand.private
+        self._rationing.set(vm, None if most >= stand.memory else max(0, most - shared))
+
     def _ask(self, vm: Vm, plan: VmPlan) -> None:
         """Tell the balloon driver its target, and ask how the guest's memory is doing when that is needed."""
         if vm.worker is None or vm.lock.locked():
@@ -199,24 +211,31 @@ class MemoryKeeper:
         vm.worker.send(SetBalloon(vm.lease, wanted, statistics=short or state.looked))
         state.looked = False
 
-    async def _evict(self, vm: Vm, count: int) -> None:
+    async def _evict(self, vm: Vm, count: int) -> int | None:
         """Swap out the `count` coldest private pages.  What was used since the last time it was looked at is
-        watched anew, and so spared this time, unless nothing else is left."""
-        watch = self._watches[vm.name]
+        watched anew, and so spared this time, unless nothing else is left.
+
+        The answer is how many were; None if the guest was not to be had.
+        """
+        if vm.block is None:
+            return None
+        watch = self._watches[vm.name] = self._watch(vm)
+        done = 0
         try:
             cold = self._look(vm, watch)
             if len(cold) < count:
-                assert vm.block is not None
                 private = np.flatnonzero(_private(vm.block.leaf()))
                 await self._reclaimer.watch(vm, private)
                 cold = private
             for start in range(0, min(count, len(cold)), BATCH):
                 chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
-                await self._reclaimer.swap_out(vm, chosen)
+                done += await self._reclaimer.swap_out(vm, chosen)
         except Full as error:
             log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
         except HostError as error:
             log.debug("guest not swapped", extra={"vm": vm.name, "why": str(error)})
+            return None
+        return done
 
     def _look(self, vm: Vm, watch: _Watch) -> np.ndarray:
         """The private pages that were not used since they are watched."""

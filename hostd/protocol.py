@@ -57,6 +57,8 @@ class Adopt(Message, frozen=True):
     unchanged: bool = False
     #: its dirty log has been started, and goes on
     logging: bool = False
+    #: frames of its own that it may have; None: as many as there are
+    ration: int | None = None
 
 
 class Release(Message, frozen=True):
@@ -109,6 +111,13 @@ class SetBalloon(Message, frozen=True):
     vm: str
     pages: int
     statistics: bool = False
+
+
+class SetRation(Message, frozen=True):
+    """The guest may have so many frames of its own; None: as many as there are."""
+
+    vm: str
+    frames: int | None
 
 
 class CloseStore(Message, frozen=True):
@@ -200,6 +209,12 @@ class NeedFrames(Message, frozen=True):
     count: int
 
 
+class AtLimit(Message, frozen=True):
+    """The guest stands still: it wants a frame and has as many as it may."""
+
+    vm: str
+
+
 class Reported(Message, frozen=True):
     """What pages of this guest let go of: pages that had shared frames, private frames that were given back,
     and pages that need their slot no more."""
@@ -257,9 +272,9 @@ class Pong(Message, frozen=True):
 
 
 ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon
-            | CloseStore | ListTranslations | Grant | Ping | Quit)
-ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | Reported
-            | Reclaimed | Dirty | Wanted | BalloonView | Pong)
+            | SetRation | CloseStore | ListTranslations | Grant | Ping | Quit)
+ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | AtLimit
+            | Reported | Reclaimed | Dirty | Wanted | BalloonView | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

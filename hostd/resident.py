@@ -10,6 +10,7 @@ import numpy as np
 
 from hostd.openslots import OpenSlots
 from hostd.protocol import Adopt, BalloonView, Dirty, Listing, Logging, Reclaim, Reclaimed, Reported, Wanted
+from hostd.ration import Ration
 from hostd.scheduler import Usage
 from hostd.translator import MAX_UNITS, Translator, excerpt
 from vmm.machine import VirtualMachine
@@ -33,7 +34,8 @@ class Resident:
         self.lease = adopt.vm
         #: CLOCK_MONOTONIC ns of its entry among the worker's alarms that counts
         self.alarm: int | None = None
-        self.machine = VirtualMachine(cpu, block, frames, decode(adopt.state), console, tsc_khz,
+        self.ration = Ration(frames, block.p2m, adopt.ration)
+        self.machine = VirtualMachine(cpu, block, self.ration, decode(adopt.state), console, tsc_khz,
                                       translator.engine)
         self._p2m = block.p2m
         self._slots = slots
@@ -85,6 +87,7 @@ class Resident:
                                 for array in (request.pages, request.frames, request.slots))
         done, came = reclaiming.carry_out(request.what, self._p2m, pages, frames, slots)
         self._awaited.difference_update(done.tolist())
+        self.ration.recount()
         return Reclaimed(self.lease, done.astype(np.int64).tobytes(), came.astype(np.int64).tobytes())
 
     def dirty_log(self, what: Logging) -> Dirty:

@@ -16,7 +16,7 @@ from hostd.events import Events
 from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
 from hostd.memory_state import MemoryState
-from hostd.model import VmView
+from hostd.model import PAGE, VmView
 from hostd.protocol import BalloonView
 from hostd.workers import Worker
 
@@ -65,6 +65,8 @@ class Vm:
         #: what the guest's balloon driver said last, in this life
         self.balloon: BalloonView | None = None
         self.memory_state = MemoryState()
+        #: frames of its own that it may have at the moment; None: as many as there are
+        self.ration: int | None = None
         #: its MachineState while no worker has it
         self.parked = b""
         #: cancelling it gives up a start, or the wait for a restart
@@ -124,6 +126,8 @@ class Vm:
         self.boots += 1
         self.memory_state.begin_life(self.balloon)
         self.balloon = None
+        limit = self.definition.limit_bytes
+        self.ration = limit // PAGE if limit < self.definition.memory else None
         self.born = trio.current_time()
         self.exit_status = None
 

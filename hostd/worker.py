@@ -102,6 +102,7 @@ class WorkerLoop:
             protocol.Reclaim: self._on_reclaim,
             protocol.DirtyLog: self._on_dirty_log,
             protocol.SetBalloon: self._on_set_balloon,
+            protocol.SetRation: self._on_set_ration,
             protocol.CloseStore: self._on_close_store,
             protocol.ListTranslations: self._on_list_translations,
             protocol.Grant: self._on_grant,
@@ -169,6 +170,8 @@ class WorkerLoop:
     def _starve(self, guest: Resident, stop: Stop, now: int) -> None:
         self._queue.sleep(guest.lease, now)
         self._starved.append(guest.lease)
+        if guest.ration.used_up:
+            self._send(protocol.AtLimit(guest.lease))
 
     def _ended(self, guest: Resident, stop: Stop, now: int) -> None:
         guest.machine.pause_clock()                 # off the CPU, before its memory becomes somebody else's
@@ -260,9 +263,8 @@ class WorkerLoop:
         if message.what in ("merge", "install"):
             self._translations.forget_others(message.frames)
         self._send(guest.reclaim(message))
-        if message.what == "install" and message.vm in self._starved:
-            self._starved.remove(message.vm)
-            self._queue.wake(message.vm, time.monotonic_ns())
+        if message.what not in ("watch", "freeze"):     # which give nobody a frame yet
+            self._feed(message.vm)
 
     def _on_dirty_log(self, message: protocol.DirtyLog) -> None:
         guest = self._guests.get(message.vm)
@@ -275,6 +277,12 @@ class WorkerLoop:
             self._send(guest.set_balloon(message.pages, message.statistics))
             self._rouse(guest)
 
+    def _on_set_ration(self, message: protocol.SetRation) -> None:
+        guest = self._guests.get(message.vm)
+        if guest is not None:
+            guest.ration.set(message.frames)
+            self._feed(message.vm)
+
     def _on_close_store(self, message: protocol.CloseStore) -> None:
         self._slots.close(message.number)
 
@@ -284,15 +292,13 @@ class WorkerLoop:
             self._send(guest.listing(message.address))
 
     def _on_grant(self, message: protocol.Grant) -> None:
-        now = time.monotonic_ns()
         for first, count in message.extents:
             self._translations.forget_frames(first, count)
             self._magazine.add(first, count)
         self._asked = False
-        starved, self._starved = self._starved, []
-        for lease in starved:
-            if lease in self._guests:
-                self._queue.wake(lease, now)
+        self._starved = [lease for lease in self._starved if lease in self._guests]
+        for lease in [lease for lease in self._starved if not self._guests[lease].ration.used_up]:
+            self._feed(lease)
 
     def _on_ping(self, message: protocol.Ping) -> None:
         now = time.monotonic_ns()
@@ -305,6 +311,12 @@ class WorkerLoop:
         self._quit = True
 
     # --- small change ---------------------------------------------------------------------------------
+
+    def _feed(self, lease: str) -> None:
+        """There may be a frame for the guest: if it waits for one, it tries again."""
+        if lease in self._starved:
+            self._starved.remove(lease)
+            self._queue.wake(lease, time.monotonic_ns())
 
     def _rouse(self, guest: Resident) -> None:
         """An interrupt may have come up for the guest: if it halted, it is ready again."""

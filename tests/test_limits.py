@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest at its limit: it gets no frame more, other pages of its make room at once, and it goes on unharmed."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+
+from hostd.config import parse
+from hostd.host import Host
+from hostd.model import MONITORS, PAGE, VmPatch
+from hostd.ration import Ration
+from hostd.vm import Vm
+from tests.told_host import SOON, ToldHost
+from vmm.memory.block import new_block
+from vmm.memory.errors import OutOfFrames
+from vmm.memory.frames import FrameAllocator, Magazine
+from vmm.memory.physical import GuestMemory
+from vmm.memory.pool import Pool
+
+MEMORY, LIMIT, TOUCHED = 8 << 20, 2 << 20, 800
+_LOAD = 0x100000
+
+
+def rounds_kernel(pages: int) -> bytes:
+    """Multiboot.  Round after round it checks and changes a word in each of so many pages, and prints a dot;
+    it ends itself if it finds something else there than it wrote."""
+    page = (b"\x8b\x07"                             # page: mov eax, [edi]
+            b"\x85\xed\x74\x08"                     #       test ebp, ebp; jz write
+            b"\x8d\x5c\x2f\xff\x39\xd8\x75\x18"     #       lea ebx, [edi + ebp - 1]; cmp eax, ebx; jne bad
+            b"\x8d\x1c\x2f\x89\x1f"                 # write: lea ebx, [edi + ebp]; mov [edi], ebx
+            b"\x81\xc7\x00\x10\x00\x00"             #       add edi, 0x1000
+            b"\x49\x75\xe4")                        #       dec ecx; jnz page
+    code = (b"\x31\xed"                             #       xor ebp, ebp
+            b"\xbf\x00\x00\x20\x00"                 # round: mov edi, 0x200000
+            b"\xb9" + struct.pack("<I", pages)      #       mov ecx, pages
+            + page
+            + b"\x66\xba\xf8\x03\xb0.\xee"          #       mov dx, 0x3f8; mov al, '.'; out dx, al
+            b"\x45\xeb\xd0"                         #       inc ebp; jmp round
+            b"\xb0\x07\xe6\xf4\xeb\xfe")            # bad:  mov al, 7; out 0xf4, al; jmp to itself
+    magic, flags, end = 0x1BADB002, 0x10000, _LOAD + 32 + len(code)
+    return struct.pack("<8I", magic, flags, -(magic + flags) & 0xFFFFFFFF, _LOAD, _LOAD, end, end,
+                       _LOAD + 32) + code
+
+
+# --- the ration of a guest ---------------------------------------------------------------------------------
+
+
+def test_a_ration_is_kept_to_the_frame_and_comes_back_with_what_is_given_back() -> None:
+    allocator = FrameAllocator(Pool(4 << 20))
+    block = new_block(allocator, 1 << 20)
+    ration = Ration(Magazine(allocator.lend(0, 100)), block.p2m, 10)
+    memory = GuestMemory(block.p2m, ration)
+    for page in range(10):
+        memory.write(page * PAGE, b"x")
+    with pytest.raises(OutOfFrames, match="all of the 10 frames"):
+        memory.write(10 * PAGE, b"x")
+    assert ration.used_up and len(ration) == 0
+    memory.write(3 * PAGE, b"what it has it can use")
+    for page in 1, 2:
+        block.p2m.discard(page, ballooned=True)
+    for page in 10, 11:
+        memory.write(page * PAGE, b"x")
+    assert not ration.used_up
+    with pytest.raises(OutOfFrames):
+        memory.write(12 * PAGE, b"x")
+    ration.set(11)
+    memory.write(12 * PAGE, b"x")
+    ration.set(5)
+    with pytest.raises(OutOfFrames):
+        memory.write(13 * PAGE, b"x")
+    ration.set(None)
+    memory.write(13 * PAGE, b"x")
+    assert block.memory_counts()["private"] == 12
+
+
+def test_an_empty_stock_is_not_a_ration_used_up() -> None:
+    allocator = FrameAllocator(Pool(4 << 20))
+    block = new_block(allocator, 1 << 20)
+    ration = Ration(Magazine(allocator.lend(0, 1)), block.p2m, 10)
+    memory = GuestMemory(block.p2m, ration)
+    memory.write(0, b"x")
+    with pytest.raises(OutOfFrames, match="stock"):
+        memory.write(PAGE, b"x")
+    assert not ration.used_up
+
+
+# --- guests on a host --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["64M", "0"])
+async def host(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[ToldHost]:
+    """A host in this process with real workers, and with as much swap."""
+    config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
+                   f'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60\n'
+                   f'[memory]\nswap = "{request.param}"\n[sharing]\nenabled = false\n')
+    async with trio.open_nursery() as nursery:
+        host = Host(config, nursery)
+        nursery.start_soon(host.run)
+        told = ToldHost(host)
+        await told.ready_workers()
+        yield told
+        await host.shut_down()
+        nursery.cancel_scope.cancel()
+    assert host.check_memory() == []
+
+
+def private(vm: Vm) -> int:
+    assert vm.block is not None
+    return int(np.count_nonzero(FrameAllocator.is_private(vm.block.leaf())))
+
+
+async def rounds(host: ToldHost, vm: Vm, count: int) -> int:
+    """Wait until the guest has done so many more; the most frames that it had at the end of one, or when it
+    stood still."""
+    most, leases = 0, host.host._guests.leases
+    before = leases.on_limit
+
+    def note(vm: Vm) -> None:
+        nonlocal most
+        most = max(most, private(vm))
+        before(vm)
+
+    leases.on_limit = note
+    goal = vm.console.written + count
+    with trio.fail_after(SOON):
+        while vm.console.written < goal:
+            await vm.activity.wait()
+            most = max(most, private(vm))
+    leases.on_limit = before
+    return most
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+@pytest.mark.parametrize("host", ["64M"], indirect=True)
+async def test_a_limit_holds_at_every_moment(host: ToldHost, monitor: str) -> None:
+    kernel = await host.blob(rounds_kernel(TOUCHED))
+    await host.running("vm", kernel=kernel, memory=MEMORY, limit=LIMIT, vmm=monitor)
+    await host.running("other", kernel=kernel, memory=MEMORY, vmm=monitor)
+    vm, other = (host.host._guests.vms[name] for name in ("vm", "other"))
+    assert 0 < await rounds(host, vm, 4) <= LIMIT // PAGE
+    assert vm.memory_state.swapped_out > TOUCHED - LIMIT // PAGE
+    assert await rounds(host, other, 4) > TOUCHED and other.memory_state.swapped_out == 0
+    await host.host.update("vm", VmPatch(limit=MEMORY))
+    await rounds(host, vm, 200)
+    assert private(vm) > TOUCHED and (vm.state, other.state) == ("running", "running")
+    await host.host.pause("vm").outcome()
+
+
+@pytest.mark.parametrize("host", ["0"], indirect=True)
+async def test_without_swap_a_guest_at_its_limit_does_not_stand_still_for_ever(host: ToldHost) -> None:
+    await host.running("vm", kernel=await host.blob(rounds_kernel(TOUCHED)), memory=MEMORY, limit=LIMIT)
+    vm = host.host._guests.vms["vm"]
+    await rounds(host, vm, 2)
+    assert private(vm) > TOUCHED
