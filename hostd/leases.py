@@ -84,23 +84,23 @@ class Leases:
         self._hungry: dict[Worker, int] = {}
         #: called when a worker begins to wait for frames
         self.on_hunger: Callable[[], None] = lambda: None
+        #: called when a guest stands still because it has as many frames as it may
+        self.on_limit: Callable[[Vm], None] = lambda vm: None
         self._on: dict[type, Callable[[Worker, Any], None]] = {
             protocol.Adopted: self._on_adopted,
             protocol.Released: self._on_released,
             protocol.Refused: self._on_refused,
             protocol.Stopped: self._on_stopped,
             protocol.Console: self._on_console,
-        #: called when a guest stands still because it has as many frames as it may
-        self.on_limit: Callable[[Vm], None] = lambda vm: None
             protocol.Listing: self._on_listing,
             protocol.NeedFrames: self._on_need_frames,
+            protocol.AtLimit: self._on_at_limit,
             protocol.Reported: self._on_reported,
             protocol.Reclaimed: self._on_reclaimed,
             protocol.Dirty: self._on_dirty,
             protocol.Wanted: self._on_wanted,
             protocol.BalloonView: self._on_balloon,
         }
-            protocol.AtLimit: self._on_at_limit,
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0,
                     unchanged: bool = False) -> None:
@@ -249,6 +249,9 @@ class Leases:
             self._hungry[worker] = message.count
             self.on_hunger()
 
+    def _on_at_limit(self, worker: Worker, message: protocol.AtLimit) -> None:
+        self.on_limit(self._held[message.vm])
+
     def waiting(self) -> int:
         """Workers that wait for frames."""
         return len(self._hungry)
@@ -261,9 +264,6 @@ class Leases:
         """Memory came free: give it to the workers that wait for some, and let others look."""
         for worker, count in list(self._hungry.items()):
             self._on_need_frames(worker, protocol.NeedFrames(count))
-    def _on_at_limit(self, worker: Worker, message: protocol.AtLimit) -> None:
-        self.on_limit(self._held[message.vm])
-
         self._memory.freed()
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
