@@ -320,9 +320,11 @@ class World:
             partial = [path.name for path in side.disk.path.rglob(".partial-*")]
             if partial:
                 raise Unsound(f"half-made files: {partial}")
-            left = [record for record in side.records() if forgotten or record.definition is not None]
-            if left:
-                raise Unsound(f"records: {left}")
+            deadline = time.monotonic() + SOON / 2
+            while left := [record for record in side.records() if forgotten or record.definition is not None]:
+                if time.monotonic() > deadline:
+                    raise Unsound(f"records: {left}")
+                time.sleep(0.02)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from hostd.definition import Definition
 from tests.migration_faults import FAULTS, Case, cases, run
 from tests.migration_proxy import Trap
 from tests.migration_soak import Soak
@@ -175,6 +177,22 @@ def test_the_source_is_gone_while_memory_is_fetched(world: World) -> None:
     world.restart()
     until(source, lambda _: source.under_way() == "")
     assert source.vm() is None
+
+
+def test_the_target_ends_before_the_guest_is_in_its_inventory(world: World) -> None:
+    trap = held(world, "Forget")
+    target = world.target
+    target.kill()
+    inventory, directory = target.disk.path / "vms" / f"{GUEST}.json", target.disk.path / "migrations"
+    definition = msgspec.json.decode(inventory.read_bytes(), type=Definition)
+    (record,) = target.records()
+    (directory / f"{record.token}.json").write_bytes(
+        msgspec.json.encode(msgspec.structs.replace(record, definition=definition)))
+    inventory.unlink()
+    trap.release()
+    world.restart()
+    assert world.judge("done", may_end=True) == "defined"
+    assert inventory.exists()
 
 
 # --- users and policies that do not wait

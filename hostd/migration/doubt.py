@@ -79,7 +79,7 @@ class Doubt:
 
 async def let_go(talk: Conversation, token: str) -> bool:
     """Tell the other host that its record is not needed any more; whether it hung up then, as one does that
-    has heard it."""
+    has heard it.  (So does one that is killed just then: a record that nobody needs stays there.)"""
     try:
         with trio.fail_after(ANSWER_S):
             await talk.send(Forget(token))
@@ -92,13 +92,14 @@ async def let_go(talk: Conversation, token: str) -> bool:
     return True
 
 
-async def forget(peer: Peer, token: str) -> None:
-    """The same on a connection of its own; the other host keeps its record should it not hear of this."""
+async def forget(peer: Peer, token: str) -> bool:
+    """The same on a connection of its own."""
     try:
         with trio.fail_after(ANSWER_S):
             async with peer.open("resolve") as talk:
                 await talk.send(Resolve(token))
                 await talk.expect(Resolved)
-                await let_go(talk, token)
+                return await let_go(talk, token)
     except (HostError, trio.TooSlowError) as error:
-        log.info("record not taken back", extra={"peer": peer.name, "why": str(error) or "no answer"})
+        log.info("record not taken back yet", extra={"peer": peer.name, "why": str(error) or "no answer"})
+        return False

@@ -16,6 +16,7 @@ from hostd.images import Images
 from hostd.inventory import Inventory
 from hostd.memory import MachineMemory
 from hostd.migration.departures import Departures
+from hostd.migration.farewells import Farewells
 from hostd.migration.handover import Handovers
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ class Here:
     config: Callable[[], Config]
     #: the host's measured TSC frequency
     tsc_khz: Callable[[], int]
+
+    @cached_property
+    def farewells(self) -> Farewells:
+        """What is still to be said of those that are over."""
+        return Farewells()
 
     @cached_property
     def handovers(self) -> Handovers:

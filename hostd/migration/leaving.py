@@ -22,7 +22,7 @@ from hostd.lifecycle import State, Trigger
 from hostd.migration.conversation import Conversation, Declined
 from hostd.migration.copying import Copying
 from hostd.migration.dirty import DirtyLog
-from hostd.migration.doubt import Doubt, forget, let_go
+from hostd.migration.doubt import Doubt, let_go
 from hostd.migration.here import Here
 from hostd.migration.memory_out import OutgoingMemory
 from hostd.migration.messages import Commit, Committed, Final, Ready
@@ -214,4 +214,4 @@ class Leaving:
         await trio.to_thread.run_sync(here.handovers.forget, token)
         self._progress.end("done")
         if not await let_go(talk, token):
-            await forget(self._peer, token)
+            here.farewells.owe(self._peer, token)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import trio
 
 from hostd.errors import HostError
-from hostd.migration.doubt import Doubt, forget
+from hostd.migration.doubt import Doubt
 from hostd.migration.handover import FOLLOWS, Next, Record, Word
 from hostd.migration.here import Here
 from hostd.migration.peers import Peer
@@ -99,7 +99,7 @@ class Restarting:
             if vm is not None:
                 vm.activity.notify()
         if follows == "depart":
-            await forget(peer, record.token)
+            here.farewells.owe(peer, record.token)
         elif vm is not None:
             vm.away, vm.reason = "", "it ended with an earlier hostd, while it was being handed over"
             if vm.definition.autostart:

@@ -164,6 +164,7 @@ class Migrations:
         """Let guests come in, and settle what an earlier daemon left open, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._restarting.run)
+            nursery.start_soon(self._here.farewells.run)
             if self._listener is not None:
                 limit = self._here.config().migration.max_incoming * _CONNECTIONS
                 await links.serve(self._listener, self._target.attend, self._tls, limit)
