@@ -245,6 +245,16 @@ def test_cr4_takes_effect(rig: Rig) -> None:
     assert vector_of(halted(rig, legacy(b"\x0f\x28\xc1"))) == UD
 
 
+@pytest.mark.parametrize("code", [b"\x0f\x00\xc0", b"\x0f\x00\xc8", b"\x0f\x01\xe0", b"\x0f\x21\xf8",
+                                  b"\x0f\x06", b"\x0f\x20\xc0", b"\x0f\x22\xd0"])
+def test_flags_are_not_touched(rig: Rig, code: bytes) -> None:
+    """SLDT, STR, SMSW, MOV from DR7, CLTS, MOV from CR0, MOV to CR2."""
+    # std; cmp eax, eax; stc; what it is; pushfd; pop ebx
+    setup = legacy(b"\xfd\x39\xc0\xf9" + code + b"\x9c\x5b" + HALT)
+    q = halted(rig, setup).processor.q
+    assert q[RBX] & 0xCD5 == 0x445
+
+
 def test_flags_do_not_outlive_iret(rig: Rig) -> None:
     """IOPL 3 in an interrupted context must not stay for the next."""
     to_ring_3 = b"\x6a\x23\x68" + struct.pack("<I", m.STACK) + b"\x6a\x02\x6a\x33\x68" + struct.pack(

@@ -28,7 +28,7 @@ from vmm.bt.modes import Modes
 from vmm.bt.native.block import OFFSETS, R8, RIP
 from vmm.bt.native.trampolines import FAULT, MISS, PREEMPTED
 from vmm.bt.shadow import Device, Shadow
-from vmm.bt.silicon import DR6_BS, OnSilicon
+from vmm.bt.silicon import OnSilicon
 from vmm.bt.simulate import Simulator
 from vmm.bt.table import Kind, Unit
 from vmm.bt.transfer import Transfer
@@ -338,7 +338,7 @@ class TranslatingProcessor(Processor):
         if not self.silicon.ends_step(code):
             return super().intercepted(code)
         if code == ExitCode.EXCP_DB:
-            self.q[self.place.dr + 6] &= ~DR6_BS
+            self.q[self.place.dr + 6] = self.silicon.dr6
         else:
             super().intercepted(code)
         return False

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _FETCHES_AHEAD = 15
 #: a turn on the silicon before the mode is looked at again
 _INTERLUDE_NS = 200_000
-DR6_BS = 1 << 14
 
 
 class OnSilicon:
@@ -46,6 +45,8 @@ class OnSilicon:
         self.in_interlude = False
         #: one instruction is to be run; it has been
         self.stepping = self.stepped = False
+        #: DR6 before the step: the silicon tells of it there
+        self.dr6 = 0
 
     def step(self, fpu: bool = False) -> int | None:
         """One instruction on the silicon; an exit code when the guest has to leave, else None."""
@@ -66,7 +67,9 @@ class OnSilicon:
         q, cpu = self._q, self._cpu
         cpu.window(False)
         cpu.flush_tlb()
+        self._vcpu.regs.show_flags()
         q[at.RFLAGS] |= RFLAGS_TF
+        self.dr6 = q[self._vcpu.place.dr + 6]
         self.stepping, self.stepped = True, False
         try:
             while True:
@@ -117,6 +120,8 @@ class OnSilicon:
             self._clean.clear()
         self._vcpu.ask_window()
         cpu.flush_tlb()
+        if cpu.resident is vcpu.guest:
+            vcpu.regs.show_flags()
         self.in_interlude = True
         try:
             while True:

@@ -432,6 +432,8 @@ class Cpu:
         regs = self.regs
         regs.image[:] = guest.image
         state = regs.to_state()
+        # the hidden flag is the silicon's from the first `vmrun` on only
+        state.interrupt_shadow = bool(guest.vmcb.interrupt_shadow)
         self.area.overlay_host(regs.image)
         self._run_stub(self.area.fxsave_stub)
         state.fxsave = bytes(self.area.fx)

@@ -73,6 +73,11 @@ class Registers:
         self._read(self._handle, x86_const.UC_X86_REG_RFLAGS, self._cell_address)
         return self._cell.value
 
+    def show_flags(self) -> None:
+        """Before the silicon goes on with a guest that is on it already: it takes all flags from RFLAGS then,
+        and the lazily kept ones from nowhere else."""
+        self.q[at.RFLAGS] = self.rflags()
+
     def set_rflags(self, value: int) -> None:
         """Set RFLAGS.
 
