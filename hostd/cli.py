@@ -23,7 +23,7 @@ from hostd.ctl.session import DEFAULT_SOCKET, FORMATS, Session
 COMMANDS = {
     "create": "lifecycle", "list": "lifecycle", "show": "lifecycle", "start": "lifecycle",
     "pause": "lifecycle", "resume": "lifecycle", "stop": "lifecycle", "reset": "lifecycle",
-    "destroy": "lifecycle", "clone": "lifecycle", "set": "lifecycle",
+    "destroy": "lifecycle", "clone": "lifecycle", "set": "lifecycle", "switch": "lifecycle",
     "snapshot": "snapshots", "restore": "snapshots",
     "migrate": "migration", "evacuate": "migration", "recover": "migration", "migrations": "migration",
     "console": "terminal", "log": "terminal", "send": "terminal", "wait": "terminal",

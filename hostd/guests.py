@@ -16,7 +16,7 @@ from hostd.errors import Conflict, Failed, HostError, NotFound
 from hostd.events import Events
 from hostd.images import Images
 from hostd.inventory import Inventory
-from hostd.leases import Leases, NeverAdopted
+from hostd.leases import Leases, NeverAdopted, NotTaken
 from hostd.lifecycle import RESIDENT, Policy, State, Trigger
 from hostd.loader import fill, lay_out
 from hostd.memory import MachineMemory
@@ -224,15 +224,23 @@ class Guests:
         """Have another worker run the guest from here on."""
         async with self.changing(vm):
             vm.follow(Trigger.MOVE)
-            released = await self.leases.release(vm)
-            try:
-                await self.hand_over(vm, released.state, Trigger.MOVED, released.at_ns, target)
-            except HostError:
-                if vm.state == State.MIGRATING:
-                    vm.parked = released.state
-                    vm.follow(Trigger.PAUSE, "no worker was left to run it")
-                raise
+            await self.go_on(vm, await self.leases.release(vm), target)
             self._events.publish("vm.moved", vm.name, worker=vm.worker.index if vm.worker else None)
+
+    async def go_on(self, vm: Vm, released: protocol.Released, target: Worker | None,
+                    state: bytes = b"") -> None:
+        """Have `target`, or another worker, run a guest in MIGRATING on from where it was released, perhaps
+        in another `state`: raises NotTaken if that is refused.  Where that cannot be it is paused."""
+        try:
+            await self.hand_over(vm, state or released.state, Trigger.MOVED, released.at_ns, target,
+                                 tried=bool(state))
+        except NotTaken:
+            raise
+        except HostError:
+            if vm.state == State.MIGRATING:
+                vm.parked = released.state
+                vm.follow(Trigger.PAUSE, "no worker was left to run it")
+            raise
 
     async def try_move(self, vm: Vm, target: Worker) -> None:
         """Move for the balancer's sake: not worth waiting for, and no harm if it does not work out."""
@@ -275,15 +283,17 @@ class Guests:
             vm.starting.cancel()
 
     async def hand_over(self, vm: Vm, state: bytes, trigger: Trigger, since_ns: int = 0,
-                        target: Worker | None = None, unchanged: bool = False) -> None:
+                        target: Worker | None = None, unchanged: bool = False, tried: bool = False) -> None:
         """Give the guest to `target`, or to whichever worker suits; to another if that one dies over it.
-        `unchanged`: `target` had it last, and nobody has written to its memory since."""
+        `unchanged`: `target` had it last, and nobody has written to its memory since.  `tried`: a worker that
+        refuses it leaves it as it was, and NotTaken is raised."""
         for _ in range(HAND_OVERS):
             await self.workers.wait_ready()
             alive = self.workers.alive
             worker = target if target in alive else self.placement.place(alive, self.vms.values())
             try:
-                await self.leases.adopt(vm, worker, state, trigger, since_ns, unchanged and worker is target)
+                await self.leases.adopt(vm, worker, state, trigger, since_ns, unchanged and worker is target,
+                                        tried)
                 return
             except NeverAdopted as error:
                 log.warning("guest not handed over", extra={"vm": vm.name, "why": str(error)})

@@ -57,19 +57,22 @@ from hostd.model import (
 )
 from hostd.operations import Operation, Operations
 from hostd.powering import Powering
-from hostd.protocol import MAX_CHUNK, SetShare
+from hostd.protocol import MAX_CHUNK
 from hostd.vm import Vm
 from hostd.workers import WORKER_COMMAND, Workers
 
 if TYPE_CHECKING:
     from hostd.migration.service import Migrations
+    from hostd.migration.views import SwitchRequest
     from hostd.restoring import Restorer
     from hostd.saving import Saver
+    from hostd.switching import Switcher
 
 #: how long a guest may take to power off, when the user does not say
 STOP_TIMEOUT_S = 30.0
 
-#: states in which a VM can be cloned and saved; a move between workers is over before either begins
+#: states in which a VM can be cloned and saved, and its monitor be changed; a move between workers is over
+#: before any of that begins
 _COPIED = frozenset({State.RUNNING, State.PAUSED, State.MIGRATING})
 
 
@@ -274,8 +277,7 @@ class Host:
                     await self._images.check_bootable(definition)
                 await trio.to_thread.run_sync(self._inventory.save, [definition])
                 vm.definition = definition
-            if vm.worker is not None:
-                vm.worker.send(SetShare(vm.lease, definition.weight, definition.cap))
+            self._guests.tell_share(vm)
         return vm.view()
 
     def start(self, name: str) -> Operation:
@@ -326,6 +328,14 @@ class Host:
 
         return self._begin("clone", vm, work)
 
+    def switch(self, name: str, request: SwitchRequest) -> Operation:
+        """Have another monitor run the guest on; the result is a SwitchedView."""
+        vm = self._vm(name)
+        if vm.state not in _COPIED:
+            raise Conflict(f"VM {name} is {vm.state}: it must be running or paused to change its monitor")
+        return self._begin("switch", vm,
+                           lambda operation: self._switcher.switch(vm, request.vmm, operation.step))
+
     def snapshot(self, name: str, request: SnapshotRequest) -> Operation:
         vm = self._vm(name)
         if vm.state not in _COPIED:
@@ -355,6 +365,12 @@ class Host:
 
         self._admission.check_open()
         return self.operations.start("restore", request.name or Path(request.file).name, work)
+
+    @cached_property
+    def _switcher(self) -> Switcher:
+        from hostd.switching import Switcher
+
+        return Switcher(self._guests, self._inventory)
 
     @cached_property
     def _saver(self) -> Saver:

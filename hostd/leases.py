@@ -39,6 +39,10 @@ class NeverAdopted(Failed):
     it said is read to the end: so it has not run this one."""
 
 
+class NotTaken(Failed):
+    """The worker did not take the guest, which is as it was."""
+
+
 class Reply(Generic[T]):
     """The answer to a message, when it comes."""
 
@@ -76,6 +80,8 @@ class Leases:
         self._numbers = itertools.count(1)
         self._held: dict[str, Vm] = {}
         self._adopting: dict[str, tuple[Trigger, Reply[None]]] = {}
+        #: leases of guests that live on, whatever their workers say to them
+        self._tried: set[str] = set()
         self._releasing: dict[str, Reply[protocol.Released]] = {}
         self._listing: dict[str, Reply[protocol.Listing]] = {}
         self._reclaiming: dict[str, tuple[Settle, Reply[protocol.Reclaimed]]] = {}
@@ -103,18 +109,20 @@ class Leases:
         }
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0,
-                    unchanged: bool = False) -> None:
+                    unchanged: bool = False, tried: bool = False) -> None:
         """Give the guest to `worker`; when it has it, `trigger` happens.  `unchanged`: it had it last, and
         nobody has written to the guest's memory since.
 
         Raises NeverAdopted if the worker dies first: the guest is as it was.  Raises Failed if the worker
-        refuses it: the guest has crashed.
+        refuses it: the guest has crashed; or NotTaken, if that was only to be `tried`.
         """
         assert vm.block is not None and vm.worker is None
         vm.worker, vm.lease = worker, f"{vm.name}#{next(self._numbers)}"
         self._held[vm.lease] = vm
         reply = Reply[None]()
         self._adopting[vm.lease] = trigger, reply
+        if tried:
+            self._tried.add(vm.lease)
         books = self._memory.books
         books.adopted(vm.block, worker.index)
         worker.send(protocol.Adopt(
@@ -168,6 +176,7 @@ class Leases:
     def _hand_back(self, vm: Vm) -> None:
         """The worker does not have the guest any more."""
         del self._held[vm.lease]
+        self._tried.discard(vm.lease)
         vm.worker, vm.lease = None, ""
 
     def on_message(self, worker: Worker, message: protocol.ToDaemon) -> None:
@@ -222,6 +231,9 @@ class Leases:
 
     def _on_refused(self, worker: Worker, message: protocol.Refused) -> None:
         vm = self._held[message.vm]
+        if vm.lease in self._tried and vm.lease in self._adopting:
+            self._lost(vm, NotTaken(message.reason))
+            return
         self._lost(vm, Failed(f"VM {vm.name}: {message.reason}"))
         self._ended(vm, Trigger.CRASH, message.reason)
 

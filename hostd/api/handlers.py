@@ -90,6 +90,10 @@ async def clone_vm(host: Host, call: Call) -> Operation:
     return host.clone(call.name, call.body)
 
 
+async def switch_vm(host: Host, call: Call) -> Operation:
+    return host.switch(call.name, call.body)
+
+
 async def snapshot_vm(host: Host, call: Call) -> Operation:
     return host.snapshot(call.name, call.body)
 
@@ -99,19 +103,19 @@ async def restore_vm(host: Host, call: Call) -> Operation:
 
 
 async def migrate_vm(host: Host, call: Call) -> Operation:
-    return host.migrations.migrate(call.name, call.body)  # type: ignore[attr-defined]
+    return host.migrations.migrate(call.name, call.body)
 
 
 async def recover_vm(host: Host, call: Call) -> VmView:
-    return await host.migrations.recover(call.name)  # type: ignore[attr-defined]
+    return await host.migrations.recover(call.name)
 
 
 async def evacuate(host: Host, call: Call) -> Operation:
-    return host.migrations.evacuate(call.body)  # type: ignore[attr-defined]
+    return host.migrations.evacuate(call.body)
 
 
 async def list_migrations(host: Host, call: Call) -> list[MigrationView]:
-    return host.migrations.list()  # type: ignore[attr-defined]
+    return host.migrations.list()
 
 
 async def vm_exits(host: Host, call: Call) -> list[ExitRow]:

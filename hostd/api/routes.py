@@ -21,7 +21,7 @@ from hostd.api.schema import (
     WaitQuery,
 )
 from hostd.host import Host
-from hostd.migration.views import EvacuateRequest, MigrateRequest, MigrationView
+from hostd.migration.views import EvacuateRequest, MigrateRequest, MigrationView, SwitchRequest
 from hostd.model import (
     BlobView,
     CloneRequest,
@@ -100,6 +100,8 @@ ROUTES: tuple[Route, ...] = (
     _action("reset", "Start a VM anew", do.reset_vm),
     _action("clone", "Make VMs that share this paused one's memory until they write to it", do.clone_vm,
             CloneRequest),
+    _action("switch", "Have another monitor run a VM on; the result is a SwitchedView", do.switch_vm,
+            SwitchRequest),
     _action("snapshot", "Save a VM in a file while it runs; the result is a SnapshotView", do.snapshot_vm,
             SnapshotRequest),
     Route("POST", "/restore", "Make a VM of a snapshot, which goes on where it stood", do.restore_vm,

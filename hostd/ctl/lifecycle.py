@@ -17,7 +17,8 @@ from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import dash, duration, print_fields, print_json, print_table, size, state
 from hostd.ctl.session import SIZE, VM_NAME, Session, format_option, many_names, one_name, pass_session
 from hostd.lifecycle import Policy
-from hostd.model import MONITORS, CloneRequest, StopRequest, VmView
+from hostd.migration.views import SwitchedView, SwitchRequest
+from hostd.model import MONITORS, CloneRequest, Monitor, StopRequest, VmView
 
 _POLICIES = click.Choice([policy.value for policy in Policy])
 _FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
@@ -232,6 +233,22 @@ def clone_command(session: Session, name: str, new: tuple[str, ...], count: int 
         raise click.UsageError("give the names of the clones, or --count")
     client = session.client
     client.finish(client.begin("POST", vm_path(name, "clone"), CloneRequest(names=list(new), start=start)))
+
+
+@click.command("switch")
+@one_name
+@click.argument("vmm", metavar="|".join(MONITORS), type=click.Choice(MONITORS))
+@format_option
+@pass_session
+def switch_command(session: Session, name: str, vmm: Monitor) -> None:
+    """Have another monitor run the VM NAME, running or paused, from here on."""
+    client = session.client
+    result = client.finish(client.begin("POST", vm_path(name, "switch"), SwitchRequest(vmm=vmm)))
+    view = msgspec.convert(result, SwitchedView)
+    if session.json:
+        print_json(view)
+    else:
+        click.echo(f"{name}: under {view.vmm}, stood still for {view.pause_s * 1000:.1f} ms")
 
 
 @click.command("set")
