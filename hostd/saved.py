@@ -12,6 +12,7 @@ import trio
 
 from hostd.definition import Definition
 from hostd.memory_state import MemoryState
+from hostd.protocol import BalloonView
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
 from vmm.state import StateError, decode
@@ -33,16 +34,18 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
     exits: dict[int, tuple[int, float]]
     #: counters of hostd.memory_state.MemoryState
     memory: dict[str, int]
+    #: pages that its balloon took in the present boot, as far as the daemon was told: the device counts on
+    inflated: int = 0
 
     @classmethod
     def of(cls, vm: Vm, paused: bool) -> Life:
         """The life of a VM that no worker has."""
         accounts, exits = vm.ledger.totals(vm.block)
         memory = {name: count for name, count in asdict(vm.memory_state).items() if name in _COUNTERS}
-        memory["inflated_before"] += vm.balloon.inflated if vm.balloon else 0
         return cls(paused=paused, boots=vm.boots, crashes=vm.crashes, age_s=vm.age(),
                    console=vm.console.scrollback(), console_end=vm.console.written,
-                   console_boot=vm.console.boot, accounts=accounts, exits=exits, memory=memory)
+                   console_boot=vm.console.boot, accounts=accounts, exits=exits, memory=memory,
+                   inflated=vm.balloon.inflated if vm.balloon else 0)
 
     def give_to(self, vm: Vm) -> None:
         """Have a VM that has none yet go on with this life."""
@@ -51,10 +54,13 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
         vm.ledger.load(self.accounts, self.exits)
         vm.memory_state = MemoryState(
             **{name: count for name, count in self.memory.items() if name in _COUNTERS})
+        if self.inflated:
+            vm.balloon = BalloonView("", True, 0, {}, self.inflated)
 
 
 #: what MemoryState counts; the rest of it is of the moment
-_COUNTERS = frozenset(field.name for field in fields(MemoryState)) - {"balloon_target", "working_set", "looked"}
+_COUNTERS = (frozenset(field.name for field in fields(MemoryState))
+             - {"balloon_target", "working_set", "looked"})
 
 
 class SavedVm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
