@@ -253,7 +253,7 @@ class World:
 
     def judge(self, outcome: str, may_end: bool) -> str:
         """Wait until all is over, and see whether it is well; the guest's state.  `may_end`: its life may
-        have ended.  Raises Unsound."""
+        have ended, or there may be nobody to run it.  Raises Unsound."""
         owner, vm = self._settled()
         expected = {"done": self.target, "failed": self.source, "cancelled": self.source}.get(outcome)
         if expected not in (None, owner):
@@ -268,7 +268,7 @@ class World:
         state = str(vm["state"])
         if state == "running":
             self._goes_on(owner)
-        elif not may_end or state not in ("defined", "halted", "crashed"):
+        elif not may_end or state not in ("defined", "halted", "crashed", "paused"):
             raise Unsound(f"the guest is {state} ({vm['reason']})")
         return state
 

@@ -6,6 +6,7 @@ All faults at all words take half an hour: `python -m tests.migration_soak --eve
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -193,6 +194,22 @@ def test_the_target_ends_before_the_guest_is_in_its_inventory(world: World) -> N
     world.restart()
     assert world.judge("done", may_end=True) == "defined"
     assert inventory.exists()
+
+
+def test_a_source_that_goes_down_waits_until_memory_is_fetched(world: World) -> None:
+    world.ensure_guest()
+    daemon = world.source.daemon
+    patient = daemon.config.read_text().replace("shutdown_timeout = 0", "shutdown_timeout = 20")
+    daemon.config.write_text(patient)
+    daemon.process.send_signal(signal.SIGHUP)
+    while "configuration reloaded" not in daemon.said():
+        time.sleep(0.01)
+    trap = held(world, "Pages", mode="postcopy")
+    daemon.process.terminate()
+    trap.release()
+    assert daemon.process.wait(SOON) == 0
+    world.restart()
+    world.judge("done", may_end=False)
 
 
 # --- users and policies that do not wait

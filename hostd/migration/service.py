@@ -173,11 +173,17 @@ class Migrations:
         return certificate(self._here.config().migration)
 
     async def go_down(self) -> None:
-        """Call off what can be called off, and wait until it is.  What is in doubt stays so for the next
-        daemon; a guest that another host has, but not all of its memory, is lost."""
+        """Call off what can be called off, and wait for the rest as long as host.shutdown_timeout allows.
+        What is in doubt then stays so for the next daemon; a guest that another host has, but not all of its
+        memory, is lost."""
         leaving = list(self._leaving.values())
         for emigration in leaving:
             emigration.call_off()
         await self._target.go_down()
+        with trio.move_on_after(self._here.config().host.shutdown_timeout):
+            for emigration in leaving:
+                await emigration.settled.wait()
+        for emigration in leaving:
+            emigration.abandon()
         for emigration in leaving:
             await emigration.settled.wait()

@@ -106,9 +106,12 @@ class Emigration:
             await talk.give_up(reason)
 
     def call_off(self) -> None:
-        """The host goes down: what can be called off is, and what is in doubt, or elsewhere, stays so."""
+        """The host goes down: what can be called off is."""
         self._called_off = True
         self._patience.cancel()
+
+    def abandon(self) -> None:
+        """It is down, and has called off what could be: what is in doubt, or elsewhere, stays so."""
         self.leaving.scope.shield = False
 
     # --- what goes before memory
