@@ -23,6 +23,7 @@ from hostd.migration.views import SwitchedView, SwitchRequest
 from hostd.model import Monitor
 from hostd.workers import WORKER_COMMAND
 from tests.private_daemon import PrivateDaemon
+from tests.test_boot_guests import debian
 from tests.told_host import SOON, ToldHost
 from vmm import guests
 from vmm.state import decode
@@ -167,3 +168,21 @@ def test_the_command(daemon: PrivateDaemon) -> None:
                                      "--format", "json"])
     assert msgspec.json.decode(done.stdout)["vmm"] == "hw"
     assert daemon.client.post("/vms/vm/switch", json={"vmm": "kvm"}).status_code == 400
+
+
+@pytest.mark.slow
+def test_a_debian_guest_counts_on(tmp_path: Path) -> None:
+    """Its shell counts on the console while it goes from one monitor to the other and back."""
+    image = debian("debian")
+    with PrivateDaemon(tmp_path, memory="300M") as daemon:
+        daemon.create("vm", image.kernel.read_bytes(), initrd=daemon.upload(image.initrd.read_bytes()),
+                      append=image.append, memory=96 << 20, vmm="hw")
+        daemon.do("vm", "start")
+        daemon.wait("vm", console="/ # ", timeout=120)
+        daemon.send("vm", "i=0; while true; do i=$((i+1)); echo number $i; usleep 20000; done\n")
+        for turn in range(6):
+            daemon.wait("vm", console=f"number {10 * turn + 10}\\s")
+            daemon.do("vm", "switch", vmm=("bt", "hw")[turn % 2])
+        daemon.wait("vm", console="number 80\\s")
+        numbers = [int(number) for number in re.findall(r"^number (\d+)\r?$", daemon.console("vm"), re.M)]
+    assert numbers == list(range(1, len(numbers) + 1))
