@@ -267,6 +267,12 @@ class Guests:
                            "it has not run, or not lately")
         return TranslationsView(text=listing.text, complete=listing.complete)
 
+    def warm_up(self, monitor: str) -> None:
+        """A guest of this monitor is about to come, which is not to wait for its worker to get ready."""
+        if monitor == "bt":
+            for worker in self.workers.alive:
+                worker.send(protocol.WarmUp())
+
     def throttle(self, vm: Vm, percent: int | None) -> None:
         """Hold the guest to `percent` of a CPU (1 to 100), or None: to what its definition says."""
         vm.throttle = percent

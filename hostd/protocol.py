@@ -134,6 +134,10 @@ class ListTranslations(Message, frozen=True):
     address: int | None
 
 
+class WarmUp(Message, frozen=True):
+    """A guest of the software monitor is about to come: have what translates its code ready."""
+
+
 class Grant(Message, frozen=True):
     """Frames for the worker's magazine, as (first frame, count); [] when the pool is exhausted."""
 
@@ -272,7 +276,7 @@ class Pong(Message, frozen=True):
 
 
 ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon
-            | SetRation | CloseStore | ListTranslations | Grant | Ping | Quit)
+            | SetRation | CloseStore | ListTranslations | WarmUp | Grant | Ping | Quit)
 ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | AtLimit
             | Reported | Reclaimed | Dirty | Wanted | BalloonView | Pong)
 

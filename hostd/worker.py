@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, cast
 
 import unicorn
@@ -105,6 +106,7 @@ class WorkerLoop:
             protocol.SetRation: self._on_set_ration,
             protocol.CloseStore: self._on_close_store,
             protocol.ListTranslations: self._on_list_translations,
+            protocol.WarmUp: self._on_warm_up,
             protocol.Grant: self._on_grant,
             protocol.Ping: self._on_ping,
             protocol.Quit: self._on_quit,
@@ -290,6 +292,13 @@ class WorkerLoop:
         guest = self._guests.get(message.vm)
         if guest is not None:
             self._send(guest.listing(message.address))
+
+    def _on_warm_up(self, message: protocol.WarmUp) -> None:
+        try:
+            self._translator.engine()
+            import_module("vmm.bt.processor")
+        except NoTranslator as error:
+            log.warning("no engine for binary translation", extra={"why": str(error)})
 
     def _on_grant(self, message: protocol.Grant) -> None:
         for first, count in message.extents:

@@ -146,6 +146,7 @@ class Target:
             self._arrivals[token] = arrival
             try:
                 dedup = bool(index) and talk.agreed("dedup")
+                self._here.guests.warm_up(definition.vmm)
                 await talk.send(Accept(token, missing, dedup, offer.connections))
                 await arrival.prepare(talk.link.peer)
                 committed = await self._receive(talk, offer, arrival)
