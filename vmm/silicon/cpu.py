@@ -472,8 +472,9 @@ class Cpu:
                 images.append(bytes(self.regs.image))
                 self.regs.image[:] = self.host_image
             different = [at for at, (one, other) in enumerate(zip(*images)) if one != other]
-            # one stretch; what differs far behind it is derived, and not the FPU's
-            last = next(at for at, following in pairwise(different) if following > at + _FPU_GAP)
+            # one stretch; what differs far behind it, if anything does, is derived, and not the FPU's
+            last = next((at for at, following in pairwise(different) if following > at + _FPU_GAP),
+                        different[-1])
             self._fpu = slice(different[0] & ~3, (last | 3) + 1)
         return self._fpu
 
