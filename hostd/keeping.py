@@ -15,7 +15,6 @@ import trio
 from hostd.config import Config
 from hostd.events import Events
 from hostd.guests import Guests
-from hostd.lifecycle import State
 from hostd.memory import MachineMemory
 from hostd.memory_keeper import MemoryKeeper
 from hostd.memory_state import HostMemoryState
@@ -23,26 +22,29 @@ from hostd.reclaiming import Reclaimer
 from hostd.sharing import PageHash, Scanner, Sharing
 from hostd.vm import Vm
 
+#: how old a guest is before its pages are shared: what it writes while it starts it writes over again
+SETTLED_S = 5.0
+
 
 async def keep(config: Callable[[], Config], guests: Guests, memory: MachineMemory, events: Events,
                state: HostMemoryState) -> None:
     """Keep memory until cancelled."""
     reclaimer = Reclaimer(guests, memory)
-    sharing: Sharing[Vm] = Sharing(_scanner(memory), reclaimer, memory.books,
-                                   lambda: list(guests.vms.values()), _image, lambda: _rate(config()))
+
+    def worth_a_look() -> list[Vm]:
+        return [vm for vm in guests.vms.values() if sharing.urgent or vm.age() >= SETTLED_S]
 
     def urgent(urgent: bool) -> None:
         sharing.urgent = urgent
 
+    sharing: Sharing[Vm] = Sharing(_scanner(memory), reclaimer, memory.books, worth_a_look, _image,
+                                   lambda: _rate(config()))
+
     state.sharing = sharing.view
     keeper = MemoryKeeper(guests, memory, reclaimer, events, state, urgent)
-    with events.subscribe() as reader:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(keeper.run)
-            nursery.start_soon(sharing.run)
-            async for event in reader:
-                if event.type == "vm.state" and event.data["state"] == State.RUNNING:
-                    sharing.rouse()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keeper.run)
+        nursery.start_soon(sharing.run)
 
 
 def _scanner(memory: MachineMemory) -> Scanner:

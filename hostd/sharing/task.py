@@ -19,11 +19,11 @@ PERIOD = 0.25
 #: seconds between looks whether there is something to scan
 _IDLE_PERIOD = 1.0
 #: seconds from the beginning of a pass to the next one's: what changes sooner is not worth sharing
-_PASS = 5.0
+_PASS = 10.0
 #: the slowest rate, as a part of the full one, and how much slower a pass makes it that found next to nothing
 SLOWEST, _SLOWER = 1 / 64, 1 / 4
-#: frames that were free and are not any more: guests have new pages, which is worth a look at the full rate
-_GROWTH = 4096
+#: one of so many free frames is taken: guests have new pages, which is worth a look at the full rate
+_GROWTH = 128
 #: a pass found something if that was more than one page of so many
 _WORTH = 64
 #: pages of one guest that are asked for at once
@@ -124,12 +124,8 @@ class Sharing(Generic[V]):
     @urgent.setter
     def urgent(self, urgent: bool) -> None:
         if urgent and not self._urgent:
-            self.rouse()
+            self._roused.set()
         self._urgent = urgent
-
-    def rouse(self) -> None:
-        """Scan now: the guests are others than they were."""
-        self._roused.set()
 
     async def run(self) -> None:
         """Scan for ever."""
@@ -176,7 +172,7 @@ class Sharing(Generic[V]):
     def _look_for_growth(self, known: set[Hashable]) -> None:
         """The full rate from here on if there are guests, or pages, that there were not."""
         free = self._pins.free_frames()
-        if known - self._known or free < self._free - _GROWTH:
+        if known - self._known or free < self._free - self._free // _GROWTH:
             self._pace, self._free = 1.0, free
         self._known, self._free = known, max(free, self._free)
 
