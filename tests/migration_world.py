@@ -133,10 +133,16 @@ class Side:
         self.disk.close()
 
     def kill_workers(self) -> None:
-        for worker in self.daemon.get("/host")["workers"]:
-            if worker["pid"]:
-                with suppress(ProcessLookupError):
-                    os.kill(worker["pid"], signal.SIGKILL)
+        """Return when the daemon has noticed."""
+        pids = self._worker_pids()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while pids & self._worker_pids():
+            time.sleep(0.005)
+
+    def _worker_pids(self) -> set[int]:
+        return {worker["pid"] for worker in self.daemon.get("/host")["workers"] if worker["pid"]}
 
     def vm(self) -> Any:
         """The guest's view; None: it is not here, or nobody is."""

@@ -118,6 +118,8 @@ class Handovers:
         self._directory = state_dir / "migrations"
         storage.make_directory(self._directory)
         self._lock = threading.Lock()
+        #: held by who changes or removes a record that is there
+        self._writing = threading.Lock()
         self._records = {record.token: record for record in storage.load_all(self._directory, Record, _check)}
         #: those that an earlier daemon wrote
         self._found = frozenset(self._records)
@@ -195,10 +197,13 @@ class Handovers:
 
     def kept(self, token: str) -> None:
         """The definition is in the inventory: whatever becomes of it there, a restart does not bring it back.
-        Raises Failed.  Writes."""
-        record = msgspec.structs.replace(self._records[token], definition=None)
-        storage.write(self._path(token), _encode(record))
-        self._records[token] = record
+        Nothing happens where the record has been removed meanwhile.  Raises Failed.  Writes."""
+        with self._writing:
+            if token not in self._records:
+                return
+            record = msgspec.structs.replace(self._records[token], definition=None)
+            storage.write(self._path(token), _encode(record))
+            self._records[token] = record
 
     def answer(self, token: str) -> Outcome:
         """What a source is told that asks; once "aborted" was said, `commit` is refused."""
@@ -213,8 +218,9 @@ class Handovers:
 
     def forget(self, token: str) -> None:
         """Remove the record, if there is one.  Raises Failed, and then it is there.  Writes."""
-        storage.remove(self._path(token))
-        self._records.pop(token, None)
+        with self._writing:
+            storage.remove(self._path(token))
+            self._records.pop(token, None)
 
     def _move(self, token: str, step: Step) -> Arriving:
         """Make the step; where it was made from."""
