@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from hostd.errors import HostError
+from hostd.errors import Conflict, HostError
 from hostd.events import Events
 from hostd.guests import Guests
 from hostd.lifecycle import State
@@ -28,7 +28,6 @@ from hostd.policy.victims import NEW, aged, coldest
 from hostd.protocol import SetBalloon
 from hostd.rationing import Rationing
 from hostd.reclaiming import Reclaimer
-from hostd.swapfile import Full
 from hostd.vm import Vm
 from vmm.memory.frames import FrameAllocator
 from vmm.memory.p2mbits import KIND_MASK, KIND_SHIFT, PRESENT, Kind
@@ -230,11 +229,11 @@ class MemoryKeeper:
             for start in range(0, min(count, len(cold)), BATCH):
                 chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
                 done += await self._reclaimer.swap_out(vm, chosen)
-        except Full as error:
-            log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
-        except HostError as error:
+        except Conflict as error:
             log.debug("guest not swapped", extra={"vm": vm.name, "why": str(error)})
             return None
+        except HostError as error:
+            log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
         return done
 
     def _look(self, vm: Vm, watch: _Watch) -> np.ndarray:

@@ -35,8 +35,11 @@ class Rationing:
 
     def set(self, vm: Vm, most: int | None) -> None:
         """Let the guest have `most` frames that are its own; None: as many as there are."""
-        if most == vm.ration:
-            return
+        if most != vm.ration:
+            self._tell(vm, most)
+
+    def _tell(self, vm: Vm, most: int | None) -> None:
+        """A guest that was refused a frame tries again when this arrives."""
         vm.ration = most
         if vm.worker is not None:
             vm.worker.send(SetRation(vm.lease, most))
@@ -70,7 +73,7 @@ class Rationing:
             if done is None:
                 async with vm.lock:             # until whoever is changing it has done that
                     continue
-            if not done and vm.block is not None:
+            if not done and vm.lease == lease and vm.block is not None:
                 # nothing can be swapped.  It has to run to give something back by its balloon driver
-                self.set(vm, vm.block.memory_counts()["private"] + ROOM)
+                self._tell(vm, vm.block.memory_counts()["private"] + ROOM)
             return
