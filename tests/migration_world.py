@@ -36,6 +36,8 @@ GUEST = "guest"
 _OVER = frozenset({"done", "failed", "cancelled"})
 #: states that a VM is in on the way to another
 _PASSING = frozenset({"starting", "migrating"})
+#: seconds that workers may take to come back, before a daemon is started anew
+_WORKERS_S = 5.0
 #: what is kept of a console
 _SCROLLBACK = 64 << 10
 
@@ -122,6 +124,17 @@ class Side:
     @property
     def up(self) -> bool:
         return self.daemon.process.poll() is None
+
+    def refresh(self) -> None:
+        """Workers that die one after the other come back later and later: a new daemon has new ones."""
+        deadline = time.monotonic() + _WORKERS_S
+        while not all(worker["ready"] for worker in self.daemon.get("/host")["workers"]):
+            if time.monotonic() > deadline:
+                self.kill()
+                self.start()
+                self.daemon.worker_pids()
+                return
+            time.sleep(0.02)
 
     def kill(self) -> None:
         self.daemon.kill()
@@ -216,6 +229,7 @@ class World:
     def ensure_guest(self, **fields: Any) -> None:
         """One that runs, and `source` is where it does."""
         for side in self.a, self.b:
+            side.refresh()
             vm = side.vm()
             if vm is not None and vm["state"] in ("running", "migrating"):
                 self.source, self.target = side, self.b if side is self.a else self.a
