@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ import trio
 from hostd import __version__, logs, sockets
 from hostd.config import Config, load
 from hostd.errors import ConfigError, HostError
+from hostd.importing import load_module
 from hostd.notify import Notifier, listen_fds, watchdog_interval
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                     await servers.start(serving.serve, make_app(host), api, closing)
                     outer.start_soon(host.run)
                     if metrics is not None:
-                        module = await trio.to_thread.run_sync(import_module, "hostd.metrics")
+                        module = await load_module("hostd.metrics")
                         await servers.start(serving.serve, module.make_metrics_app(host), metrics, closing)
                     servers.start_soon(_watch, host, notifier)
                     notifier.ready(host.summary())

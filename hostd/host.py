@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from hostd.events import Events
 from hostd.guests import Guests
 from hostd.image_keeper import ImageKeeper
 from hostd.images import Images
+from hostd.importing import load_module
 from hostd.inventory import Inventory
 from hostd.lifecycle import AT_REST, State, Trigger
 from hostd.memory import MachineMemory
@@ -130,7 +130,7 @@ class Host:
 
     async def _come_up(self, nursery: trio.Nursery) -> None:
         """Find out which guests an earlier daemon gave away, and have those run that are to run."""
-        await trio.to_thread.run_sync(import_module, "hostd.migration.service")
+        await load_module("hostd.migration.service")
         nursery.start_soon(self.migrations.run)
         await self._powering.come_up()
 
@@ -160,13 +160,12 @@ class Host:
     async def _prepare_books(self) -> None:
         """Load in the background what the first guest needs and the first answer did not."""
         for module in "hostd.books", "hostd.restoring":
-            await trio.to_thread.run_sync(import_module, module)
+            await load_module(module)
 
     async def _keep_memory(self) -> None:
         """Carry out the memory policy, and share pages."""
-        from hostd.keeping import keep
-
-        await keep(self.config_now, self._guests, self._memory, self.events, self.memory_state)
+        keeping = await load_module("hostd.keeping")
+        await keeping.keep(self.config_now, self._guests, self._memory, self.events, self.memory_state)
 
     def config_now(self) -> Config:
         """The configuration as it is at the moment."""
