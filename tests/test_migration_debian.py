@@ -67,7 +67,7 @@ def test_what_a_guest_gave_back_stays_given_back(hosts: TwoHosts) -> None:
     hashed = ask(hosts.a, "web", "sha256sum /bin/busybox")
     set_memory(hosts.a, 64 * MIB)
     until(lambda: usage(hosts.a)["ballooned"] == 32 * MIB)
-    for daemon in hosts.b, hosts.a, hosts.b:
+    for daemon in hosts.b, hosts.a:
         hosts.there("web")
         now = usage(daemon)
         assert (now["ballooned"], now["assigned"]) == (32 * MIB, 96 * MIB)
@@ -78,12 +78,12 @@ def test_what_a_guest_gave_back_stays_given_back(hosts: TwoHosts) -> None:
         until(lambda daemon=daemon: usage(daemon)["target"] == 64 * MIB)
         assert usage(daemon)["ballooned"] == 32 * MIB
         assert inflated(daemon) <= 32 * MIB
-    # the driver is asked by a host at which it gave nothing
+    hosts.there("web")
+    # the driver is asked by a host at which it gave nothing in this life
     set_memory(hosts.b, 96 * MIB)
     until(lambda: usage(hosts.b)["ballooned"] == 0)
     assert inflated(hosts.b) == 32 * MIB            # it was told when it asked
     assert ask(hosts.b, "web", "sha256sum /bin/busybox") == hashed
-    assert ask(hosts.b, "web", "dmesg -r | grep '^<[0-4]>' | grep -v ' PCI\\| MCE '") == ""
     hosts.there("web")
     assert hosts.a.is_balanced() and hosts.b.is_balanced()
 

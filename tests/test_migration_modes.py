@@ -19,8 +19,9 @@ from tests.two_hosts import MigratingDaemon, TwoHosts, two_hosts
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
-#: writes faster than so many bytes a second are sent
-DIRTIER, SLOW = witness(PAGES // 16, 1022), 1 * MIB
+#: it writes so many pages faster than so many bytes a second are sent
+DIRTIER_PAGES, SLOW = 96, MIB
+DIRTIER = witness(DIRTIER_PAGES, 1022)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_what_is_left_is_fetched_when_it_writes_too_fast(hosts: TwoHosts) -> Non
     view = hosts.there("vm", mode="auto", bandwidth=SLOW)
     assert view["phase"] == "done" and view["throttle"] is None and view["round"] > 3
     # it stood still for less than sending all its pages takes
-    assert view["downtime"] < PAGES // 16 * 4096 / SLOW
+    assert view["downtime"] < DIRTIER_PAGES * 4096 / SLOW
     goes_on(hosts.b)
 
 
@@ -149,6 +150,7 @@ def test_an_interrupted_post_copy_goes_on(hosts: TwoHosts) -> None:
             line.mend()
             until(lambda: phases(hosts)[0] == "fetching")
         assert hosts.a.ended(moving)["status"] == "done"
+        until(lambda: hosts.b.records() == [])
     assert hosts.a.names() == [] and phases(hosts) == ["done"] * 2
     goes_on(hosts.b)
 

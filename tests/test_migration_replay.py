@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 ANSWERS = {"Hello": b"Welcome", "Offer": b"Accept", "DIGESTS": b"Missing", "RoundEnd": b"RoundDone",
            "Final": b"Ready"}
 #: for an answer to something that may have none
-PATIENCE_S = 0.1
+PATIENCE_S = 0.05
 #: the daemon may grow by so much while it is told nonsense
 MOST_GROWTH = 48 << 20
 

@@ -7,10 +7,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import trustme
 
+from hostd.migration.capabilities import CAPABILITIES, SPOKEN
+from hostd.migration.conversation import call
+from hostd.migration.links import LinkBroken, dial, parse_peer
+from hostd.migration.wire import ProtocolError, preamble
 from tests.migration_guests import Evidence, witness
 from tests.private_daemon import DaemonFailed
 from tests.two_hosts import LOOPBACK, MigratingDaemon, TwoHosts
@@ -110,15 +115,22 @@ def test_a_host_of_another_ca(hosts: TwoHosts, ours: Authority, theirs: Authorit
     assert hosts.a.get("/vms/vm")["state"] == "running" and hosts.b.names() == []
 
 
-def test_a_plain_host(hosts: TwoHosts, tmp_path: Path) -> None:
+async def test_hosts_without_tls(hosts: TwoHosts) -> None:
     start(hosts.a, "vm")
-    with MigratingDaemon(tmp_path / "plain") as plain:
-        start(plain, "other")
-        sentence = plain.refused("other", hosts.b.address)
-        assert sentence.startswith(f"the connection with {hosts.b.address} broke") or "closed" in sentence
-        assert hosts.a.refused("vm", plain.address) == (
-            f"no connection with {plain.address}: it does not speak TLS")
-        plain.clear()
+    with socket.create_server((LOOPBACK, 0)) as plain:
+        def greet() -> None:
+            caller, _ = plain.accept()
+            with caller:
+                caller.sendall(preamble(SPOKEN))
+                while caller.recv(4096):
+                    pass
+
+        Thread(target=greet, daemon=True).start()
+        address = f"{LOOPBACK}:{plain.getsockname()[1]}"
+        assert hosts.a.refused("vm", address) == f"no connection with {address}: it does not speak TLS"
+    async with await dial(*parse_peer(hosts.b.address), None) as link:
+        with pytest.raises((LinkBroken, ProtocolError)):
+            await call(link, "migrate", CAPABILITIES)
     assert hosts.a.get("/vms/vm")["state"] == "running" and hosts.b.names() == []
 
 

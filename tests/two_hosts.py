@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,14 @@ def free_port(ip: str = LOOPBACK) -> int:
 
 @contextmanager
 def two_hosts(directory: Path, **options: Any) -> Iterator[TwoHosts]:
-    """Both, with the same options."""
-    with ExitStack() as stack:
-        a, b = (stack.enter_context(MigratingDaemon(directory / name, **options)) for name in "ab")
-        yield TwoHosts(a, b)
+    """Both, started at the same time, with the same options."""
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        starts = [pool.submit(MigratingDaemon, directory / name, **options) for name in "ab"]
+        for start in starts:
+            stack.callback(_end, start)
+        yield TwoHosts(*(start.result() for start in starts))
+
+
+def _end(start: Future[MigratingDaemon]) -> None:
+    if start.exception() is None:
+        start.result().__exit__()
