@@ -229,7 +229,8 @@ class World:
     def ensure_guest(self, **fields: Any) -> None:
         """One that runs, and `source` is where it does."""
         for side in self.a, self.b:
-            side.refresh()
+            if side.up:
+                side.refresh()
             vm = side.vm()
             if vm is not None and vm["state"] in ("running", "migrating"):
                 self.source, self.target = side, self.b if side is self.a else self.a

@@ -183,7 +183,7 @@ def test_the_target_ends_before_the_guest_is_in_its_inventory(world: World) -> N
     target.kill()
     inventory, directory = target.disk.path / "vms" / f"{GUEST}.json", target.disk.path / "migrations"
     definition = msgspec.json.decode(inventory.read_bytes(), type=Definition)
-    (record,) = target.records()
+    record = max(target.records(), key=lambda record: record.time)
     (directory / f"{record.token}.json").write_bytes(
         msgspec.json.encode(msgspec.structs.replace(record, definition=definition)))
     inventory.unlink()

@@ -51,7 +51,8 @@ class Emigration:
         self._connections = request.connections or config.connections
         self._downtime_s = (request.downtime_ms or config.downtime_ms) / 1e3
         self._patience = trio.CancelScope()
-        self._called_off = False
+        #: by a host that shuts down; and then with the guest elsewhere, or perhaps
+        self._called_off = self._abandoned = False
 
     async def run(self) -> None:
         """Raises HostError if the guest is still here, or was never to go."""
@@ -69,10 +70,17 @@ class Emigration:
                 return
         finally:
             self.settled.set()
+        raise self._why_called_off()
+
+    def _why_called_off(self) -> HostError:
+        name = self._vm.name
+        if self._abandoned:
+            return Conflict(f"the host is shutting down while VM {name} is handed over to {self._peer.name}: "
+                            "once it is back it asks whether that has it")
         if self._called_off or self._request.timeout is None:
-            raise Conflict(f"VM {self._vm.name} was not handed over: the host is shutting down")
-        raise TimedOut(f"VM {self._vm.name} was not handed over within {self._request.timeout:g} seconds: "
-                       "it runs on here")
+            return Conflict(f"VM {name} was not handed over: the host is shutting down")
+        return TimedOut(f"VM {name} was not handed over within {self._request.timeout:g} seconds: "
+                        "it runs on here")
 
     @contextmanager
     def _not_at_home(self) -> Iterator[None]:
@@ -112,6 +120,7 @@ class Emigration:
 
     def abandon(self) -> None:
         """It is down, and has called off what could be: what is in doubt, or elsewhere, stays so."""
+        self._abandoned = self.leaving.scope.shield
         self.leaving.scope.shield = False
 
     # --- what goes before memory
