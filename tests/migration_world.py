@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -198,8 +199,8 @@ class World:
     """Two hosts, a line in either direction, and at most one guest, of a `kind` and under a monitor."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
-        self.a = Side(directory / "a", config)
-        self.b = Side(directory / "b", config)
+        with ThreadPoolExecutor() as starting:
+            self.a, self.b = starting.map(lambda name: Side(directory / name, config), "ab")
         self._lines = {side.address: BadLine(side.address) for side in (self.a, self.b)}
         #: of the next migration, or the present one
         self.source, self.target = self.a, self.b
