@@ -62,7 +62,7 @@ def recordings(hosts: TwoHosts) -> list[list[bytes]]:
         hosts.there("vm")
     hosts.a.clear()
     words = {word(frame) for said in found for frame in said}
-    assert words == {"preamble", "Hello", "Offer", "DIGESTS", "PAGES", "RoundEnd", "Final"}
+    assert words == {"preamble", "Hello", "Offer", "DIGESTS", "PAGES", "RoundEnd", "Final"}, words
     return found
 
 
