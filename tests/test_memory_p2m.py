@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,9 +14,19 @@ from vmm.memory.block import VmBlock, check_memory_size, clone_block, new_block
 from vmm.memory.errors import BadAddress, OutOfFrames
 from vmm.memory.frames import FrameAllocator, LocalFrames, Magazine
 from vmm.memory.p2m import P2M, Outcome
-from vmm.memory.p2mbits import DIRTY, FRAME_MASK, LOGGED, PRESENT, PRIVATE_BITS, TABLE_BITS, WRITABLE
+from vmm.memory.p2mbits import (
+    DIRTY,
+    FRAME_MASK,
+    LOGGED,
+    PRESENT,
+    PRIVATE_BITS,
+    STORED,
+    TABLE_BITS,
+    WRITABLE,
+)
 from vmm.memory.physical import GuestMemory
-from vmm.memory.pool import PAGE, Pool
+from vmm.memory.pool import PAGE, PAGE_SHIFT, Pool
+from vmm.memory.reclaim import install
 
 MEMORY = 4 << 20
 PAGES = MEMORY // PAGE
@@ -245,3 +256,24 @@ def test_physical_access(ram: Ram) -> None:
     assert (memory.read_u32(0x2FFC), memory.read_u32(0x3000)) == (0x55667788, 0x11223344)
     memory.write(0, memoryview(b"view"))
     assert memory.read(0, 4) == b"view"
+
+
+# -- traces ------------------------------------------------------------------------------------------------
+
+
+def test_a_page_that_was_traced_while_it_was_elsewhere_is_not_writable_when_it_comes(ram: Ram) -> None:
+    """Brought in by a fault or installed, it takes a write's own fault, which sets the trace off."""
+    p2m, leaf = ram.p2m, ram.block.leaf()
+    seen: list[int] = []
+    p2m.on_trace = seen.append
+    p2m.fetch = lambda slot, into: None
+    for page in 1, 2, 3:
+        leaf[page] = np.uint64(7 << PAGE_SHIFT | STORED)
+        p2m.trace(page)
+    assert p2m.fault(1 << PAGE_SHIFT, False, ram.frames) is Outcome.MAPPED
+    install(p2m, np.array([2]), np.array([ram.frames.take()]), np.array([7]))
+    assert not int(leaf[1]) & WRITABLE and not int(leaf[2]) & WRITABLE and seen == []
+    for page in 1, 2, 3:
+        ram.memory.write(page << PAGE_SHIFT, b"new")
+        assert int(leaf[page]) & WRITABLE and page not in p2m.traced
+    assert seen == [1, 2, 3]

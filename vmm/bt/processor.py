@@ -138,18 +138,19 @@ class TranslatingProcessor(Processor):
         return q[at.CR], q[at.CR + 4], q[at.CR + 3]
 
     def _follow_controls(self) -> None:
-        """The shadow follows control registers that were changed behind its back."""
+        """The shadow follows control registers that were changed behind its back.  Raises OutOfFrames, and
+        then it does not yet."""
         now, before = self._controls(), self._control_registers
         if self.silicon.shadow_stale:
-            self.silicon.shadow_stale = False
             before = 0, 0, 0        # the silicon did what it did, and told nobody
         elif now == before:
             return
-        self._control_registers = now
         if now[:2] != before[:2]:
             self.shadow.flush()
         else:
             self.shadow.set_cr3()
+        self._control_registers = now
+        self.silicon.shadow_stale = False
 
     def set_cr3(self, value: int) -> None:
         """MOV to CR3."""

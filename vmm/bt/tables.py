@@ -85,13 +85,14 @@ class TracedTables:
         self._unsynced.clear()
 
     def sync(self) -> None:
-        """Compare the tables that were written with what they were, and trace them again."""
-        if not self._unsynced:
-            return
-        unsynced, self._unsynced = self._unsynced, {}
-        for page, before in unsynced.items():
+        """Compare the tables that were written with what they were, and trace them again.
+
+        Raises OutOfFrames for one whose contents are elsewhere: it and those after it are out of sync still.
+        """
+        for page, before in list(self._unsynced.items()):
             if page in self._tables:
                 self.compare(page, before)
+            del self._unsynced[page]
             if page in self._tables:
                 self._trace_page(page)
 

@@ -136,11 +136,13 @@ class P2M:
             return Outcome.NOT_RAM
         entry = self.leaf[page]
         if not entry & PRESENT:
-            if entry & KIND_MASK not in _FRAMED:
+            if entry & KIND_MASK in _FRAMED:
+                self.leaf[page] = entry | PRESENT
+            else:
                 self._bring(page, entry, frames)
-                return Outcome.MAPPED
-            entry |= PRESENT
-            self.leaf[page] = entry
+                if not write or page not in self.traced:
+                    return Outcome.MAPPED
+            entry = self.leaf[page]
         if entry & WRITABLE or not write:
             return Outcome.MAPPED
         if page in self.traced:
@@ -163,7 +165,9 @@ class P2M:
                 self.freed.append(frame)
                 raise
             self.fetched.append(page)
-        self.leaf[page] = frame << PAGE_SHIFT | PRIVATE_BITS | (LOGGED if self.logging else 0)
+        # it may have been traced while it was in its slot
+        right = PRIVATE_BITS if page not in self.traced else PRIVATE_BITS & ~WRITABLE
+        self.leaf[page] = frame << PAGE_SHIFT | right | (LOGGED if self.logging else 0)
 
     def _break_share(self, page: int, entry: int, frames: FrameSource) -> None:
         fresh = frames.take()

@@ -159,7 +159,9 @@ def install(p2m: P2M, pages: np.ndarray, frames: np.ndarray,
     logged = np.uint64(LOGGED if p2m.logging else 0)
     done = (entries & ~np.uint64(LOGGED)) == (slots.astype(np.uint64) << _SHIFT | np.uint64(STORED))
     put = frames[done].astype(np.uint64)
-    leaf[pages[done]] = np.where(put == 0, put, put << _SHIFT | np.uint64(PRIVATE_BITS)) | logged
+    # pages may have been traced while they were away
+    rights = np.where(_traced(p2m, pages[done]), np.uint64(PRIVATE_BITS & ~WRITABLE), np.uint64(PRIVATE_BITS))
+    leaf[pages[done]] = np.where(put == 0, put, put << _SHIFT | rights) | logged
     return done, frames[~done & (frames != 0)]
 
 
