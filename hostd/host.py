@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from hostd import __version__, sockets, waiting
+from hostd import __version__, sockets, storage, waiting
 from hostd.admission import Admission
 from hostd.claims import changed, grows
 from hostd.cloning import Cloner
@@ -108,6 +108,7 @@ class Host:
         self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
+        storage.make_directory(config.state_dir / "migrations")
         if any((config.state_dir / "migrations").glob("*.json")):
             # Invariant: a guest that an earlier daemon may have given away is nobody's to start, from the
             # first moment on; who has no such guest need not wait for what `migrations` imports
