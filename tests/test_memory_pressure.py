@@ -12,7 +12,7 @@ from hostd.ctl.pull import RECIPES, PulledImage, PullError, build_debian
 from tests.private_daemon import PrivateDaemon
 
 #: each of the guests touches some 50 MB while it boots, and 8 MB afterwards
-POOL = "100M"
+POOL = "120M"
 GUESTS = ("a", "b", "c", "d")
 #: fills memory with what cannot be compressed, and checks it over and over
 LOAD = ("mount -t tmpfs t /tmp; cd /tmp; for i in 0 1 2 3; do head -c 2097152 /dev/urandom > f$i; done; "
