@@ -180,11 +180,12 @@ def test_the_target_ends_before_the_guest_is_in_its_inventory(world: World) -> N
     target = world.target
     target.kill()
     inventory, directory = target.disk.path / "vms" / f"{GUEST}.json", target.disk.path / "migrations"
-    definition = msgspec.json.decode(inventory.read_bytes(), type=Definition)
     record = max(target.records(), key=lambda record: record.time)
-    (directory / f"{record.token}.json").write_bytes(
-        msgspec.json.encode(msgspec.structs.replace(record, definition=definition)))
-    inventory.unlink()
+    if inventory.exists():                          # else it was killed in that very moment
+        definition = msgspec.json.decode(inventory.read_bytes(), type=Definition)
+        (directory / f"{record.token}.json").write_bytes(
+            msgspec.json.encode(msgspec.structs.replace(record, definition=definition)))
+        inventory.unlink()
     trap.release()
     world.restart()
     assert world.judge("done", may_end=True) == "defined"
