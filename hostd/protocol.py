@@ -319,7 +319,7 @@ class Splitter(Generic[Received]):
             start = body + length
             try:
                 messages.append(self._decoder.decode(bytes(buffer[body:start])))
-            except msgspec.MsgspecError as error:
+            except (ValueError, RecursionError) as error:   # of msgspec, or of UTF-8
                 raise ProtocolError(f"not a message: {error}") from None
         del buffer[:start]
         return messages

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hostd import protocol
@@ -69,6 +69,7 @@ def test_the_cuts_of_the_stream_do_not_matter(messages: list, cuts: list[int]) -
 
 
 @given(st.binary(min_size=1, max_size=64))
+@example(b"\x91\xa2\x00\x80")          # a tag that is no UTF-8
 def test_garbage_is_a_protocol_error_and_nothing_else(garbage: bytes) -> None:
     try:
         messages = Splitter(ToDaemon).feed(LENGTH.pack(len(garbage)) + garbage)
