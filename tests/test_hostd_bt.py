@@ -15,11 +15,9 @@ import trio
 from click.testing import CliRunner, Result
 
 from hostd.cli import main
-from hostd.config import parse
-from hostd.host import Host
 from hostd.metrics import reason_of
 from tests.private_daemon import PrivateDaemon
-from tests.told_host import SOON, ToldHost
+from tests.told_host import SOON, ToldHost, real_host
 from vmm import guests
 from vmm.state import decode
 
@@ -46,17 +44,8 @@ def ctl(daemon: PrivateDaemon, *arguments: str, status: int = 0) -> Result:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     """A host in this process with real workers."""
-    config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
-                   'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60')
-    async with trio.open_nursery() as nursery:
-        host = Host(config, nursery)
-        nursery.start_soon(host.run)
-        told = ToldHost(host)
-        await told.ready_workers()
+    async with real_host(tmp_path) as told:
         yield told
-        await host.shut_down()
-        nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
 
 
 async def start(host: ToldHost, name: str, kernel: str, append: str = "") -> None:

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import trio
 
-from hostd.config import parse
 from hostd.errors import Failed
-from hostd.host import Host
 from hostd.model import MONITORS, PAGE, VmPatch
 from hostd.ration import Ration
 from hostd.swapfile import SwapFile
 from hostd.vm import Vm
-from tests.told_host import SOON, ToldHost
+from tests.told_host import SOON, ToldHost, real_host
 from vmm.memory.block import new_block
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import FrameAllocator, Magazine
@@ -98,18 +96,9 @@ def test_an_empty_stock_is_not_a_ration_used_up() -> None:
 @pytest.fixture(params=["64M", "0"])
 async def host(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[ToldHost]:
     """A host in this process with real workers, and with as much swap."""
-    config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
-                   f'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60\n'
-                   f'[memory]\nswap = "{request.param}"\n[sharing]\nenabled = false\n')
-    async with trio.open_nursery() as nursery:
-        host = Host(config, nursery)
-        nursery.start_soon(host.run)
-        told = ToldHost(host)
-        await told.ready_workers()
+    tables = f'[memory]\nswap = "{request.param}"\n[sharing]\nenabled = false\n'
+    async with real_host(tmp_path, tables) as told:
         yield told
-        await host.shut_down()
-        nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
 
 
 def private(vm: Vm) -> int:

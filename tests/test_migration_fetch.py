@@ -17,7 +17,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from hostd.config import parse
 from hostd.errors import Conflict, HostError
 from hostd.guests import Guests
 from hostd.host import Host
@@ -34,7 +33,7 @@ from tests.test_monitor_paging import HLT, load
 from tests.test_reclaiming import Host as Simulated
 from tests.test_reclaiming import Life
 from tests.test_virtio_machine import DATA, HALTED, keep, request, result, start
-from tests.told_host import SOON, ToldHost
+from tests.told_host import SOON, ToldHost, real_host
 from vmm.devices.virtio import bank
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.p2mbits import FRAME_MASK, KIND_MASK, KIND_SHIFT, STORED, Kind
@@ -316,17 +315,8 @@ class OtherHost:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     """A host in this process with real workers."""
-    config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
-                   'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60')
-    async with trio.open_nursery() as nursery:
-        host = Host(config, nursery)
-        nursery.start_soon(host.run)
-        told = ToldHost(host)
-        await told.ready_workers()
+    async with real_host(tmp_path) as told:
         yield told
-        await host.shut_down()
-        nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
 
 
 @asynccontextmanager

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import trio
 
-from hostd.config import parse
 from hostd.errors import Conflict
-from hostd.host import Host
 from hostd.lifecycle import Trigger
 from hostd.migration.dirty import DirtyLog
 from hostd.vm import Vm
@@ -22,7 +20,7 @@ from tests.hw_rig import Machine, Rig
 from tests.test_monitor_kernels import GOOD, MIX, PRIMES, boot
 from tests.test_monitor_paging import HLT, store, word
 from tests.test_virtio_machine import DATA, HALTED, QUEUE, USED, request, start
-from tests.told_host import SOON, ToldHost
+from tests.told_host import SOON, ToldHost, real_host
 from vmm import guests
 from vmm.devices.virtio import bank
 from vmm.memory.block import VmBlock
@@ -135,17 +133,8 @@ def test_a_log_goes_on_under_whoever_takes_the_guest_over(rig: Rig) -> None:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     """A host in this process with real workers."""
-    config = parse(f'[host]\nstate_dir = "{tmp_path}/state"\nmemory = "64M"\nworkers = 2\n'
-                   'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60')
-    async with trio.open_nursery() as nursery:
-        host = Host(config, nursery)
-        nursery.start_soon(host.run)
-        told = ToldHost(host)
-        await told.ready_workers()
+    async with real_host(tmp_path) as told:
         yield told
-        await host.shut_down()
-        nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
 
 
 async def counting(host: ToldHost, monitor: str) -> Vm:

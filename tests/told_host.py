@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import trio
 
+from hostd.config import parse
 from hostd.host import Host
 from hostd.model import CloneRequest, StopRequest, VmCreate, VmView
 from vmm import guests
@@ -68,3 +70,20 @@ class ToldHost:
             while sum(worker.ready for worker in self.host.workers()) < count:
                 await trio.sleep(0.01)
         return [worker.pid for worker in self.host.workers()]
+
+
+@asynccontextmanager
+async def real_host(directory: Path, tables: str = "") -> AsyncIterator[ToldHost]:
+    """A host in this process with real workers; `tables`: more of its configuration.  Its books are right in
+    the end."""
+    config = parse(f'[host]\nstate_dir = "{directory}/state"\nmemory = "64M"\nworkers = 2\n'
+                   f'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60\n{tables}')
+    async with trio.open_nursery() as nursery:
+        host = Host(config, nursery)
+        nursery.start_soon(host.run)
+        told = ToldHost(host)
+        await told.ready_workers()
+        yield told
+        await host.shut_down()
+        nursery.cancel_scope.cancel()
+    assert host.check_memory() == []
