@@ -15,7 +15,7 @@ from hostd.memory_state import MemoryState
 from hostd.protocol import BalloonView
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
-from vmm.state import StateError, decode
+from vmm.state import decode
 
 
 class Life(msgspec.Struct, kw_only=True, frozen=True):
@@ -102,5 +102,5 @@ class _about:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (msgspec.MsgspecError, StateError, ValueError)):
+        if isinstance(error, ValueError):
             raise Unusable(f"{self._path} cannot be used: {error}") from None

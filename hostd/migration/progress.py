@@ -48,7 +48,9 @@ class Progress:
         self.bytes.update(counts.bytes)
 
     def end(self, phase: Phase, reason: str = "") -> None:
-        """It is over, one way or the other."""
+        """It is over, one way or the other; what comes after that changes nothing."""
+        if self.over:
+            return
         self.phase, self.reason, self.ended = phase, reason, trio.current_time()
         self.throttle = None
 

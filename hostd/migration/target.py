@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 import msgspec
@@ -76,7 +76,7 @@ class Target:
             admit()
             await self._by_purpose[purpose](talk)
         except HostError as error:
-            with trio.move_on_after(1, shield=True):
+            with trio.move_on_after(1, shield=True), suppress(HostError):
                 await talk.give_up(str(error))
             raise
 
@@ -204,11 +204,14 @@ class Target:
                     case RoundEnd(number):
                         await arrival.end_round(number)
                         await talk.send(RoundDone(number))
-        except BaseException as error:
+        except HostError as error:
             if arrival.stage != "copying":
                 return                              # all rounds were over
             arrival.break_off(reason_of(error))
             raise
+        finally:
+            if arrival.stage == "copying":          # cancelled, or a mistake of ours
+                arrival.break_off("a connection of its ended")
 
     async def _resume(self, talk: Conversation) -> None:
         resume = await talk.expect(Resume)
