@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
+from hostd.copies import copy_guest
 from hostd.errors import HostError
 from hostd.events import Events
 from hostd.guests import Guests, Step
@@ -41,7 +42,7 @@ class Cloner:
             await trio.to_thread.run_sync(self._inventory.save, definitions)
             try:
                 step("copying memory", 0.3)
-                copy = await self._guests.copy_memory(source)
+                copy = await copy_guest(self._guests, self._memory, source)
                 blocks = await self._multiply(copy.block, len(names))
             except BaseException:
                 for name in names:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -37,14 +36,6 @@ HAND_OVERS = 3
 MAX_TYPED = 2048
 
 Step = Callable[[str, float], None]
-
-
-class Copy(NamedTuple):
-    """A guest at one moment: memory that nobody writes, its MachineState, and how long it stood still."""
-
-    block: VmBlock
-    state: bytes
-    pause_s: float
 
 
 class Guests:
@@ -96,34 +87,6 @@ class Guests:
         vm.parked = released.state
         vm.follow(Trigger.PAUSE)
         return released
-
-    async def copy_memory(self, vm: Vm) -> Copy:
-        """The guest as it is at this moment; a running one stands still for that.  The caller holds its lock
-        and gets a block that is no VM's, to be freed.  Raises Conflict for one that is neither running nor
-        paused, or whose memory is not all here."""
-        if vm.state not in (State.RUNNING, State.PAUSED):
-            raise Conflict(f"VM {vm.name} is {vm.state}: it must be paused or running")
-        vm.check_whole()
-        worker = vm.worker
-        parked = await self.park(vm) if vm.state is State.RUNNING else None
-        assert vm.block is not None
-        state = vm.parked
-        try:
-            block = self._memory.books.clone(vm.block)
-        finally:
-            if parked is not None:
-                await self._go_on(vm, worker)
-        pause_ns = 0 if parked is None else time.monotonic_ns() - parked.at_ns
-        return Copy(block, state, pause_ns / 1e9)
-
-    async def _go_on(self, vm: Vm, worker: Worker | None) -> None:
-        """Have the worker go on with a guest that was copied since it gave it back, or else another one.
-        Should it not come to that, the copy is none the worse for it."""
-        with trio.CancelScope(shield=True):
-            try:
-                await self.hand_over(vm, vm.parked, Trigger.RESUME, target=worker, unchanged=True)
-            except HostError as error:
-                log.error("guest does not go on", extra={"vm": vm.name, "why": str(error)})
 
     def free_copy(self, block: VmBlock) -> None:
         """The copy is of no use any more."""

@@ -27,6 +27,7 @@ import numpy as np
 import trio
 
 from hostd import storage
+from hostd.copies import copy_guest
 from hostd.errors import Conflict, Failed, HostError, Invalid
 from hostd.guests import Guests, Step
 from hostd.inventory import SUFFIX, SUSPENDED, SUSPENDING
@@ -80,7 +81,7 @@ class Saver:
                 basis = await trio.to_thread.run_sync(_verified, folder, base.name)
             async with self._guests.changing(vm):
                 definition = encode_saved(SavedVm(definition=vm.definition))
-                copy = await self._guests.copy_memory(vm)
+                copy = await copy_guest(self._guests, self._memory, vm)
             try:
                 await trio.to_thread.run_sync(
                     _write_guest, path, copy.block, copy.state, definition, basis, step)

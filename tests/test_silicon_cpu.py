@@ -75,7 +75,7 @@ def new_guest(rig: Rig, setup: m.Setup) -> tuple[Guest, Leaver, VmBlock]:
     monitor = Leaver()
     guest = rig.cpu.new_guest(block.vmcb_pa, monitor)
     control(guest.vmcb, rig.cpu, block)
-    rig.cpu.load_state(guest, setup.cpu)
+    rig.cpu.states.load(guest, setup.cpu)
     return guest, monitor, block
 
 
@@ -262,7 +262,7 @@ def test_registers_stay_whose_they_are(rig: Rig, files: list[CpuState], order: l
         if index < len(guests):
             assert rig.cpu.vmrun(guests[index]) == ExitCode.VMMCALL
     for guest, before in zip(guests, files, strict=True):
-        after = rig.cpu.save_state(guest)
+        after = rig.cpu.states.save(guest)
         before.msrs = after.msrs | before.msrs
         state = MachineState(m.MEMORY, cpu=comparable(after))
         assert decode(encode(state)).cpu == comparable(before)
@@ -293,9 +293,9 @@ def test_fpu_and_sse_of_two_guests(rig: Rig) -> None:
     for _ in range(50):
         for guest in guests:
             assert rig.cpu.vmrun(guest) == ExitCode.VMMCALL
-    sums = [struct.unpack_from("<Q", rig.cpu.save_state(guest).fxsave, 160)[0] for guest in guests]
+    sums = [struct.unpack_from("<Q", rig.cpu.states.save(guest).fxsave, 160)[0] for guest in guests]
     assert sums == [150, 250]
-    st0 = rig.cpu.save_state(guests[0]).fxsave[32:42]
+    st0 = rig.cpu.states.save(guests[0]).fxsave[32:42]
     assert st0 == struct.pack("<QH", 50 << 58, 0x3FFF + 5)
 
 

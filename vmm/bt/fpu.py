@@ -24,11 +24,11 @@ class FpuState:
     def to_block(self) -> None:
         """Before translated code runs.  The guest stays on the CPU."""
         if self.in_silicon:
-            self._block.load_fx(self._cpu.save_fpu(self._guest))
+            self._block.load_fx(self._cpu.states.save_fpu(self._guest))
             self.in_silicon = False
 
     def to_silicon(self) -> None:
         """Before the silicon runs an instruction that uses it.  The guest stays on the CPU."""
         if not self.in_silicon:
-            self._cpu.load_fpu(self._guest, bytes(self._block.fx))
+            self._cpu.states.load_fpu(self._guest, bytes(self._block.fx))
             self.in_silicon = True

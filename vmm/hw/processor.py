@@ -108,7 +108,7 @@ class Processor:
         vmcb.v_intr_prio = 0xF
 
     def _load(self, state: CpuState) -> None:
-        self.cpu.load_state(self.guest, state)
+        self.cpu.states.load(self.guest, state)
         self.msrs.load(state.msrs)
         event = Event.decode(state.pending_event)
         if event is not None and event.type == EventType.INTR:
@@ -414,7 +414,7 @@ class Processor:
     def capture(self) -> CpuState:
         """The state, the guest being off the CPU afterwards; the clock must have been stopped."""
         self.evict()
-        state = self.cpu.save_state(self.guest)
+        state = self.cpu.states.save(self.guest)
         state.msrs.update(self.msrs.save())
         state.cr8 = self.lapic.cr8
         state.halted = self.halted

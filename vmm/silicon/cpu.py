@@ -26,7 +26,6 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 from unicorn import UC_ARCH_X86, UC_MODE_64, Uc, UcError, unicorn_const, x86_const
@@ -40,9 +39,8 @@ from vmm.silicon.guest import CpuShutdown, EngineFault, Guest, InstructionAborte
 from vmm.silicon.hostarea import DEVICE_WINDOW, DEVICE_WINDOW_BYTES, HostArea
 from vmm.silicon.kick import Kicker
 from vmm.silicon.registers import Registers
-from vmm.state import CpuState
+from vmm.silicon.states import States
 from vmm.x86.faults import Vector
-from vmm.x86.flags import EFER_SVME, RFLAGS_VM
 
 _V = ctypes.c_void_p
 _INTR_HOOK = ctypes.CFUNCTYPE(None, _V, ctypes.c_uint32, _V)
@@ -56,8 +54,6 @@ _MMIO_WRITE = ctypes.CFUNCTYPE(None, _V, ctypes.c_uint64, ctypes.c_uint, ctypes.
 _TLB_FIRST_NS, _TLB_LONGEST_NS = 5_000_000, 1_000_000_000
 #: an intercept arrives as an interrupt of this number plus its exit code
 _EXIT_BASE = 0x100
-#: the parts of the FPU's state are not farther apart in the register file
-_FPU_GAP = 256
 VMEXIT_INVALID = ExitCode.INVALID & (1 << 64) - 1
 
 
@@ -119,6 +115,8 @@ class Cpu:
         self.host_image = bytes(self.regs.image)
         self._host_save = b""
         self.resident: Guest | None = None
+        #: the registers of guests as values
+        self.states = States(self)
         #: world switches into a guest, since the CPU was made
         self.switches = 0
         self._tlb_due = 0
@@ -127,7 +125,6 @@ class Cpu:
         self._left = False
         self._failure: BaseException | None = None
         self._snapshot: bytes | None = None
-        self._fpu: slice | None = None
         self._hooks = [self._hook(unicorn_const.UC_HOOK_INTR, _INTR_HOOK(self._on_interrupt))]
         for instruction, hook in ((x86_const.UC_X86_INS_SYSCALL, _PLAIN_HOOK(self._on_syscall)),
                                   (x86_const.UC_X86_INS_SYSENTER, _PLAIN_HOOK(self._on_sysenter)),
@@ -157,6 +154,10 @@ class Cpu:
         self._check(add(_V(self.handle), ctypes.byref(cell), ctypes.c_int(kind), callback, None,
                         ctypes.c_uint64(1), ctypes.c_uint64(0), *extra), "a hook")
         return callback
+
+    def run_host(self, address: int) -> None:
+        """Run the host's own code there, up to its HLT.  No guest may be resident."""
+        self._check(self._start(self.handle, address, 0, 0, 0), "code of the host area")
 
     def stop(self) -> None:
         """A physical interrupt: the guest leaves with ExitCode.INTR at the next boundary between blocks."""
@@ -403,82 +404,3 @@ class Cpu:
             self._monitor.mmio_write(offset, size, value)
         except BaseException as failure:
             self._fail(failure)
-
-    # -- whole states ------------------------------------------------------------------------------
-
-    def load_state(self, guest: Guest, state: CpuState) -> None:
-        """Make `guest`, which has not run yet, be in `state`: its VMCB and the registers outside it."""
-        self.evict()
-        regs = self.regs
-        if state.fxsave:
-            self.area.fx[:] = state.fxsave
-            self._run_stub(self.area.fxrstor_stub)
-        regs.load(state)
-        guest.image[:] = regs.image
-        vmcb = guest.vmcb
-        for name in ("cs", "ss", "ds", "es", "fs", "gs", "ldtr", "tr", "gdtr", "idtr", "cr0", "cr2",
-                     "cr3", "cr4", "rflags", "rip"):
-            setattr(vmcb, name, getattr(state, name))
-        vmcb.efer = state.efer | EFER_SVME
-        vmcb.rsp, vmcb.rax = state.gpr[4], state.gpr[0]
-        vmcb.dr6, vmcb.dr7 = state.dr[6], state.dr[7]
-        vmcb.cpl = 3 if state.rflags & RFLAGS_VM else state.ss.attributes >> 5 & 3
-        vmcb.interrupt_shadow = 1 if state.interrupt_shadow else 0
-        regs.image[:] = self.host_image
-
-    def save_state(self, guest: Guest) -> CpuState:
-        """The registers of `guest`, which leaves the CPU for it."""
-        self.evict()
-        regs = self.regs
-        regs.image[:] = guest.image
-        state = regs.to_state()
-        # the hidden flag is the silicon's from the first `vmrun` on only
-        state.interrupt_shadow = bool(guest.vmcb.interrupt_shadow)
-        self.area.overlay_host(regs.image)
-        self._run_stub(self.area.fxsave_stub)
-        state.fxsave = bytes(self.area.fx)
-        regs.image[:] = self.host_image
-        return state
-
-    def save_fpu(self, guest: Guest) -> bytes:
-        """x87, MMX and SSE state of `guest`, which leaves the CPU for it, as FXSAVE64 stores it."""
-        self.evict()
-        regs = self.regs
-        regs.image[:] = guest.image
-        self.area.overlay_host(regs.image)
-        self._run_stub(self.area.fxsave_stub)
-        image = bytes(self.area.fx)
-        regs.image[:] = self.host_image
-        return image
-
-    def load_fpu(self, guest: Guest, fxsave: bytes) -> None:
-        """Give `guest`, which leaves the CPU for it, this x87, MMX and SSE state."""
-        self.evict()
-        where = self._fpu_range()
-        self._load_fx(fxsave)
-        guest.image[where] = self.regs.image[where]
-        self.regs.image[:] = self.host_image
-
-    def _load_fx(self, fxsave: bytes) -> None:
-        self.area.fx[:] = fxsave
-        self._run_stub(self.area.fxrstor_stub)
-
-    def _fpu_range(self) -> slice:
-        """Where the register file has what FXRSTOR loads: found by loading two images that differ in all."""
-        if self._fpu is None:
-            images = []
-            for byte in 0x00, 0xFF:
-                self._load_fx(bytes([byte]) * 24 + bytes(8) + bytes([byte]) * 480)
-                images.append(bytes(self.regs.image))
-                self.regs.image[:] = self.host_image
-            different = [at for at, (one, other) in enumerate(zip(*images)) if one != other]
-            # one stretch; what differs far behind it, if anything does, is derived, and not the FPU's
-            last = next((at for at, following in pairwise(different) if following > at + _FPU_GAP),
-                        different[-1])
-            self._fpu = slice(different[0] & ~3, (last | 3) + 1)
-        return self._fpu
-
-    def _run_stub(self, address: int) -> None:
-        """Run one of the host area's stubs on its scratch page, up to its HLT."""
-        self.q[7] = self.area.fx_pa
-        self._check(self._start(self.handle, address, 0, 0, 0), "a stub of the host area")

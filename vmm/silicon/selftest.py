@@ -164,7 +164,7 @@ class _Bench:
             es=_DATA_SEGMENT, gdtr=Table(0, 0), cr0=CR0_PE | CR0_ET, efer=EFER_SCE, interrupt_shadow=shadow)
         state.gpr[0] = eax
         guest = self.guests[index]
-        self.cpu.load_state(guest, state)
+        self.cpu.states.load(guest, state)
         guest.vmcb.v_irq = 1 if window else 0
         self.recorder.seen.clear()
         return guest
