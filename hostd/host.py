@@ -65,7 +65,9 @@ if TYPE_CHECKING:
     from hostd.migration.service import Migrations
     from hostd.migration.views import SwitchRequest
     from hostd.restoring import Restorer
+    from hostd.resuming import Resumer
     from hostd.saving import Saver
+    from hostd.suspending import Suspender
     from hostd.switching import Switcher
 
 #: how long a guest may take to power off, when the user does not say
@@ -113,8 +115,8 @@ class Host:
             # Invariant: a guest that an earlier daemon may have given away is nobody's to start, from the
             # first moment on; who has no such guest need not wait for what `migrations` imports
             _ = self.migrations
-        self._powering = Powering(self.config_now, self._guests, self._inventory, lambda: self._saver,
-                                  lambda: self._restorer, lambda vm: self.start(vm.name))
+        self._powering = Powering(self.config_now, self._guests, self._inventory, lambda: self._suspender,
+                                  lambda: self._resumer, lambda vm: self.start(vm.name))
 
     # --- the life of the host -----------------------------------------------------------------------
 
@@ -382,7 +384,19 @@ class Host:
     def _restorer(self) -> Restorer:
         from hostd.restoring import Restorer
 
-        return Restorer(self._guests, self._memory, self._inventory, self.events, self.config.state_dir)
+        return Restorer(self._guests, self._memory, self._inventory, self.events)
+
+    @cached_property
+    def _suspender(self) -> Suspender:
+        from hostd.suspending import Suspender
+
+        return Suspender(self._guests, self.config.state_dir)
+
+    @cached_property
+    def _resumer(self) -> Resumer:
+        from hostd.resuming import Resumer
+
+        return Resumer(self._restorer, self._guests, self._memory, self.config.state_dir)
 
     @cached_property
     def migrations(self) -> Migrations:

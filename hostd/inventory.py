@@ -16,7 +16,7 @@ from hostd import storage
 from hostd.definition import Definition
 from hostd.errors import Failed
 
-#: directories of the guests of a suspended host, and of one that is about to be (hostd/saving.py)
+#: directories of the guests of a suspended host, and of one that is about to be (hostd/suspending.py)
 SUSPENDED, SUSPENDING = "suspended", "suspending"
 #: how the names of snapshots end
 SUFFIX = ".snap"

@@ -17,23 +17,23 @@ from hostd.lifecycle import AT_REST, Trigger
 from hostd.vm import Vm
 
 if TYPE_CHECKING:
-    from hostd.restoring import Restorer
-    from hostd.saving import Saver
+    from hostd.resuming import Resumer
+    from hostd.suspending import Suspender
 
 log = logging.getLogger(__name__)
 
 
 class Powering:
-    """`config`, `saver` and `restorer` are asked for when they are needed; `start` starts a VM at rest in the
-    background."""
+    """`config`, `suspender` and `resumer` are asked for when they are needed; `start` starts a VM at rest in
+    the background."""
 
     def __init__(self, config: Callable[[], Config], guests: Guests, inventory: Inventory,
-                 saver: Callable[[], Saver], restorer: Callable[[], Restorer],
+                 suspender: Callable[[], Suspender], resumer: Callable[[], Resumer],
                  start: Callable[[Vm], object]) -> None:
         self._config = config
         self._guests = guests
-        self._saver = saver
-        self._restorer = restorer
+        self._suspender = suspender
+        self._resumer = resumer
         self._start = start
         suspended = inventory.suspended()
         #: VMs that were suspended with the host, which nobody else is to start; None: it was not
@@ -48,7 +48,7 @@ class Powering:
         """Have those guests run that are to run when the host does."""
         try:
             if self._suspended is not None:
-                await self._restorer().resume(self._suspended)
+                await self._resumer().resume(self._suspended)
         finally:
             self._resumed.set()
         for vm in list(self._guests.vms.values()):
@@ -65,7 +65,7 @@ class Powering:
             await self._resumed.wait()
             for vm in self._guests.vms.values():
                 self._guests.give_up_start(vm)
-            suspended = await self._saver().suspend()
+            suspended = await self._suspender().suspend()
         async with trio.open_nursery() as nursery:
             for vm in list(self._guests.vms.values()):
                 self._guests.give_up_start(vm)

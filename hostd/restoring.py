@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests out of files: restored from a snapshot, and all of a host that was suspended.
+"""Guests out of files: restored from a snapshot.
 
 A file is read as a whole before anything is made of it: what is damaged is refused, and nothing is half
 there.  Pages are read when they are needed; a file stays open, whatever becomes of its name, for as long as a
@@ -8,10 +8,6 @@ page of a guest is in it.
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,27 +16,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from hostd import storage
 from hostd.definition import Definition
-from hostd.errors import HostError
 from hostd.events import Events
 from hostd.guests import Guests, Step
-from hostd.inventory import SUFFIX, SUSPENDED, Inventory
-from hostd.lifecycle import State, Trigger
+from hostd.inventory import Inventory
+from hostd.lifecycle import Trigger
 from hostd.memory import MachineMemory
 from hostd.protocol import CloseStore
-from hostd.saved import SavedVm, saved_in
-from hostd.saving import PAGES, readable
-from hostd.snapshot import Folder, Snapshot, Unusable
+from hostd.saved import saved_in
+from hostd.snapshot import Folder, Snapshot
 from hostd.vm import Vm
 from vmm.memory.records import PageStore
 
 if TYPE_CHECKING:
     from vmm.memory.block import VmBlock
-
-log = logging.getLogger(__name__)
-
-BROKEN = ".broken"
 
 
 class Opened:
@@ -66,22 +55,16 @@ class Opened:
 
 
 class Restorer:
-    """`directory` is the host's state directory."""
-
-    def __init__(self, guests: Guests, memory: MachineMemory, inventory: Inventory, events: Events,
-                 directory: Path) -> None:
+    def __init__(self, guests: Guests, memory: MachineMemory, inventory: Inventory, events: Events) -> None:
         self._guests = guests
         self._memory = memory
         self._inventory = inventory
         self._events = events
-        self._directory = directory
         memory.books.stores.on_close = self._tell_workers
 
     def _tell_workers(self, number: int) -> None:
         for worker in self._guests.workers.alive:
             worker.send(CloseStore(number))
-
-    # --- one guest
 
     async def open(self, path: Path) -> Opened:
         """Raises NotFound, Unusable, Failed."""
@@ -95,9 +78,9 @@ class Restorer:
         try:
             await trio.to_thread.run_sync(self._inventory.save, [definition])
             step("starting", 0.8)
-            with self._opened_stores(opened.snapshot.stores) as numbers:
+            with self.opened_stores(opened.snapshot.stores) as numbers:
                 vm.block = self._memory.books.new(definition.memory)
-                self._refer(vm.block, opened.snapshot.index, numbers)
+                self.refer(vm.block, opened.snapshot.index, numbers)
             self._guests.add(vm)
             vm.stopping = True                      # should it end at once, nobody restarts it
             async with self._guests.changing(vm):
@@ -114,7 +97,7 @@ class Restorer:
             raise
 
     @contextmanager
-    def _opened_stores(self, files: Sequence[PageStore]) -> Iterator[list[int]]:
+    def opened_stores(self, files: Sequence[PageStore]) -> Iterator[list[int]]:
         """Hand files over to the stores, by number; those in which there is no page in the end are closed."""
         stores = self._memory.books.stores
         numbers: list[int] = []
@@ -126,162 +109,8 @@ class Restorer:
             for number in numbers:
                 stores.close_unused(number)
 
-    def _refer(self, block: VmBlock, rows: np.ndarray, numbers: Sequence[int]) -> None:
+    def refer(self, block: VmBlock, rows: np.ndarray, numbers: Sequence[int]) -> None:
         """The contents of these pages of the guest are in the stores of these numbers."""
         slots = np.array(numbers, dtype=np.uint64)[rows["base"]] << np.uint64(32) | rows["offset"]
         self._memory.books.stores.retain(slots)
         self._memory.books.refer(block, rows["page"].astype(np.int64), slots)
-
-    # --- the host
-
-    async def resume(self, vms: Sequence[Vm]) -> None:
-        """Bring back the guests of the suspended host where they were.  `vms` are those of the set's files,
-        in STARTING.  A set that is not whole is set aside, and they are halted."""
-        began = time.monotonic()
-        directory = self._directory / SUSPENDED
-        folder = Folder(directory)
-        try:
-            files = await trio.to_thread.run_sync(_open_all, folder, [vm.name for vm in vms])
-            waiting = [vm for vm in vms if vm.state is State.STARTING]
-            await self._build(waiting, [files[vm.name][0] for vm in waiting])
-            await trio.to_thread.run_sync(_remove, directory)
-        except Exception as error:
-            # a mistake of ours, too, must not keep the daemon from starting for ever
-            if not isinstance(error, HostError):
-                log.exception("suspended guests cannot be resumed")
-            self._set_aside(directory, vms, error)
-            folder.close()
-            return
-        if not waiting:
-            folder.close()
-        async with trio.open_nursery() as nursery:
-            for vm in waiting:
-                snapshot, saved = files[vm.name]
-                nursery.start_soon(self._go_on, vm, snapshot.state, saved)
-        log.info("host resumed", extra={"guests": len(waiting),
-                                        "seconds": round(time.monotonic() - began, 3)})
-
-    async def _build(self, vms: Sequence[Vm], snapshots: Sequence[Snapshot]) -> None:
-        """The memory of all guests, or of none: what several of them have is loaded once and shared, the rest
-        is left in the file until it is needed."""
-        books = self._memory.books
-        if not vms:
-            return
-        for vm, snapshot in zip(vms, snapshots):
-            if vm.definition.memory != snapshot.memory_bytes:
-                raise Unusable(f"VM {vm.name} is defined with memory of {vm.definition.memory} bytes, and it "
-                               f"was suspended with {snapshot.memory_bytes}")
-        # every record is in the one file of common pages: its offset is its name
-        offsets, counts = np.unique(np.concatenate([snapshot.index["offset"] for snapshot in snapshots]),
-                                    return_counts=True)
-        common = offsets[counts > 1]
-        stores = next((snapshot.stores[1:] for snapshot in snapshots if len(snapshot.stores) > 1), [])
-        if len(common) > books.free_frames() // 2:
-            common = common[:0]                     # the host has less memory now: all on demand
-        with self._opened_stores(stores) as numbers:
-            frames = await self._load(common, stores)
-            try:
-                for vm, snapshot in zip(vms, snapshots):
-                    vm.block = books.new(vm.definition.memory)
-                    rows = snapshot.index
-                    shared = np.isin(rows["offset"], common)
-                    books.share(vm.block, rows["page"][shared].astype(np.int64),
-                                frames[np.searchsorted(common, rows["offset"][shared])])
-                    self._refer(vm.block, rows[~shared], [0, *numbers])
-            except BaseException:
-                for vm in vms:
-                    if vm.block is not None:
-                        block, vm.block = vm.block, None
-                        self._guests.free_copy(block)
-                raise
-            finally:
-                books.unpin(frames)
-
-    async def _load(self, offsets: np.ndarray, stores: Sequence[PageStore]) -> np.ndarray:
-        """Frames with the contents of these records, pinned."""
-        books, pool = self._memory.books, self._memory.pool
-        magazine = books.frames_for_loading(len(offsets))
-        frames = np.array([magazine.take() for _ in range(len(offsets))], dtype=np.int64)
-        books.pin(frames)
-
-        def read() -> None:
-            with readable():
-                for offset, frame in zip(offsets.tolist(), frames.tolist()):
-                    stores[0].read_into(offset, pool.page(frame))
-
-        try:
-            await trio.to_thread.run_sync(read)
-        except BaseException:
-            books.unpin(frames)
-            raise
-        return frames
-
-    async def _go_on(self, vm: Vm, state: bytes, saved: SavedVm) -> None:
-        """Have one guest live on; what goes wrong here is that guest's affair."""
-        life = saved.life
-        try:
-            async with self._guests.changing(vm):
-                if vm.state is not State.STARTING:
-                    return
-                if life is not None:
-                    life.give_to(vm)
-                if life is not None and life.paused:
-                    vm.parked = state
-                    vm.follow(Trigger.PAUSE)
-                    return
-                try:
-                    await self._guests.hand_over(vm, state, Trigger.LOADED)
-                except HostError as error:
-                    if vm.state is State.STARTING:
-                        vm.parked = state
-                        vm.follow(Trigger.PAUSE, str(error))
-                    raise
-        except HostError as error:
-            log.error("guest not resumed", extra={"vm": vm.name, "why": str(error)})
-
-    def _set_aside(self, directory: Path, vms: Sequence[Vm], error: Exception) -> None:
-        aside = directory.with_name(SUSPENDED + BROKEN)
-        log.error("suspended guests cannot be resumed: the set is set aside",
-                  extra={"set": str(aside), "why": str(error)})
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(directory, aside)
-        except OSError as problem:
-            log.error("set not set aside", extra={"set": str(directory), "why": problem.strerror})
-        for vm in vms:
-            if vm.state is State.STARTING:
-                vm.follow(Trigger.POWER_OFF, f"not resumed: {error}")
-
-
-def _open_all(folder: Folder, names: Sequence[str]) -> dict[str, tuple[Snapshot, SavedVm]]:
-    """The snapshots of a set, verified, by VM; or none is open, and an error raised."""
-    found: dict[str, tuple[Snapshot, SavedVm]] = {}
-    opened = []
-    try:
-        for name in names:
-            snapshot = folder.open(name + SUFFIX)
-            opened.append(snapshot)
-            saved = saved_in(snapshot)
-            if saved.definition.name != name or any(base.name != PAGES for base in snapshot.bases) \
-                    or not snapshot.index["base"].all():
-                raise Unusable(f"{snapshot.path} cannot be used: it is not of this set")
-            found[name] = snapshot, saved
-        for snapshot in opened:
-            snapshot.verify()
-    except BaseException:
-        for snapshot in opened:
-            snapshot.close()
-        raise
-    for snapshot in opened:
-        snapshot.close()                            # they have no pages of their own
-    return found
-
-
-def _remove(directory: Path) -> None:
-    """Take the set away, durably, before the first guest goes on: no moment is lived twice."""
-    aside = directory.with_name(SUSPENDED + ".resumed")
-    with storage.told_plainly(directory):
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory, aside)
-        storage.sync_directory(directory.parent)
-    shutil.rmtree(aside, ignore_errors=True)
