@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from hostd.bench import memory_copies, memory_costs, memory_sharing
+from hostd.bench import memory_copies, memory_costs, memory_sharing, memory_suspend
 from hostd.bench.boot import debian
 from hostd.bench.measures import Settings
 from hostd.bench.memory_guests import names
@@ -124,11 +124,29 @@ def test_guests_at_work_in_too_little_memory(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_guest_is_cloned_saved_and_restored(tmp_path: Path) -> None:
     template = debian(tmp_path, "/ # ", quiet)
-    row = memory_copies.measure_one(template, 1, 2, tmp_path, quiet)
+    row = memory_copies.measure_one(template, 16 << 20, 1, 2, tmp_path, quiet)
     assert 0 < row.clone_pause_s <= row.clone_s
     assert 0 < row.snapshot_pause_s <= row.snapshot_s
     assert 0 < row.restore_s <= row.answer_s
-    assert template.memory // memory_copies._FULL < row.file_bytes < MAX_MEMORY
+    assert row.random < row.file_bytes < MAX_MEMORY
+
+
+@pytest.mark.slow
+def test_guests_count_on_when_the_host_is_restarted(tmp_path: Path) -> None:
+    done = memory_suspend.measure(debian(tmp_path, "/ # ", quiet), 2, quiet)
+    assert done.failures == []
+    assert done.suspend_s > 0 and done.resume_s > 0
+    assert 1 << 20 < done.file_bytes < MAX_MEMORY
+
+
+@pytest.mark.parametrize(("before", "after", "sentence"), [
+    ([], [1, 2], "it had not begun to count"),
+    ([1, 2], [1, 2, 4], "it lost count: 1, 2, 4"),
+    ([1, 2], [1, 2, 2, 3], "it lost count: 1, 2, 2, 3"),
+    ([1, 2], [1, 2], "it stands at 2 since the host was restarted"),
+])
+def test_a_guest_that_noticed_is_told(before: list[int], after: list[int], sentence: str) -> None:
+    assert memory_suspend.judge(before, after) == [sentence]
 
 
 def test_unknown_parts_are_refused() -> None:

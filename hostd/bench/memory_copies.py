@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What it takes to clone a running guest, to save it, and to go on from the file, by the guest's size.
 
-An eighth of its memory is full of random bytes, which no two pages share and nobody can compress.
+Some of its memory is full of random bytes, which no two pages share and nobody can compress.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,9 @@ from hostd.ctl.demo import Template
 from hostd.ctl.private import private_daemon
 from hostd.model import CloneRequest, ClonesView, RestoreRequest, SnapshotRequest, SnapshotView
 
-SIZES = tuple(mib << 20 for mib in (64, 128, 256, 512))
-#: one part in so many of the guest's memory
-_FULL = 8
+#: the guest's memory, and how much of it is random: an eighth, and most of it
+CASES = tuple((memory << 20, random << 20)
+              for memory, random in ((64, 8), (128, 16), (256, 32), (512, 64), (128, 80)))
 _SOURCE = "source"
 
 Say = Callable[[str], None]
@@ -34,6 +34,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """A guest of `memory` bytes; medians of seconds, and bytes."""
 
     memory: int
+    random: int
     resident: int
     #: how long the guest stood still, and how long it took until the clones ran
     clone_pause_s: float
@@ -64,16 +65,15 @@ def _destroy(client: Client, *names: str) -> None:
         client.finish(client.begin("DELETE", vm_path(name), query={"force": "true"}))
 
 
-def measure_one(template: Template, runs: int, clones: int, directory: Path, say: Say) -> Row:
-    """A guest of the template's size."""
-    say(f"a guest of {template.memory >> 20} MiB, cloned, saved and restored")
+def measure_one(template: Template, random: int, runs: int, clones: int, directory: Path, say: Say) -> Row:
+    """A guest of the template's size, with so many random bytes."""
+    say(f"a guest of {template.memory >> 20} MiB, {random >> 20} of them random, cloned, saved and restored")
     with private_daemon() as daemon:
         client = daemon.client
         boot(client, {_SOURCE: template}, say)
-        fill = template.memory // _FULL >> 10
         client.call("POST", vm_path(_SOURCE, "input"), content=(
-            "mkdir -p /fill; mount -t tmpfs none /fill; "
-            f"head -c {fill}k /dev/urandom >/fill/random; echo 'FILLE''D'\n").encode())
+            "mkdir -p /fill; mount -t tmpfs -o size=100% none /fill; "
+            f"head -c {random >> 10}k /dev/urandom >/fill/random; echo 'FILLE''D'\n").encode())
         await_console(client, _SOURCE, "FILLED")
         cloned, saved, restored, answers = [], [], [], []
         for run in range(runs):
@@ -96,15 +96,16 @@ def measure_one(template: Template, runs: int, clones: int, directory: Path, say
             file.unlink()
         resident = client.vm(_SOURCE).memory_usage.resident
     return Row(
-        memory=template.memory, resident=resident, clones=clones,
+        memory=template.memory, random=random, resident=resident, clones=clones,
         clone_pause_s=median(pause for pause, _ in cloned), clone_s=median(all_ for _, all_ in cloned),
         snapshot_pause_s=median(pause for pause, _, _ in saved),
         snapshot_s=median(seconds for _, seconds, _ in saved), file_bytes=saved[-1][2],
         restore_s=median(restored), answer_s=median(answers))
 
 
-def measure(template: Template, sizes: tuple[int, ...], runs: int, clones: int, say: Say) -> list[Row]:
-    """A row for each size."""
+def measure(template: Template, cases: Sequence[tuple[int, int]], runs: int, clones: int,
+            say: Say) -> list[Row]:
+    """A row for each of the cases."""
     with tempfile.TemporaryDirectory(prefix="hostctl-bench-") as directory:
-        return [measure_one(replace(template, memory=memory), runs, clones, Path(directory), say)
-                for memory in sizes]
+        return [measure_one(replace(template, memory=memory), random, runs, clones, Path(directory), say)
+                for memory, random in cases]

@@ -5,12 +5,22 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import msgspec
 
-from hostd.bench import facts, memory_copies, memory_costs, memory_loss, memory_overcommit, memory_sharing
+from hostd.bench import (
+    facts,
+    memory_copies,
+    memory_costs,
+    memory_loss,
+    memory_overcommit,
+    memory_sharing,
+    memory_suspend,
+)
 from hostd.bench.boot import debian
 from hostd.bench.measures import Result, Settings, result
 from hostd.bench.memory_overcommit import Load, Overcommit
@@ -18,12 +28,11 @@ from hostd.ctl.bench_paper import json_option, runs_option, say
 from hostd.ctl.demo import Template
 from hostd.ctl.errors import CtlError
 from hostd.ctl.formatting import print_fields, print_json, print_table, size
-from hostd.ctl.pull import RECIPES, PullError, build_debian
+from hostd.ctl.pull import RECIPES, PullError, Recipe, build_debian
 from hostd.ctl.session import SIZE, Session, format_option, pass_session
 
-PARTS = ("sharing", "loss", "costs", "copies", "overcommit")
+PARTS = ("sharing", "loss", "costs", "copies", "suspend", "overcommit")
 _PROMPT = "/ # "
-_MIXED = "debian-i386-pae"
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,6 +43,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     loss: memory_loss.Loss | None = None
     costs: list[Result] | None = None
     copies: list[memory_copies.Row] | None = None
+    suspend: list[memory_suspend.Suspended] | None = None
     overcommit: Overcommit | None = None
 
 
@@ -54,14 +64,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 @pass_session
 def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...], peer: str | None,
                          guests: int, pool: int | None, seconds: float, booted: bool, runs: int) -> None:
-    """Measure machine memory: sharing, costs of a page, copies of guests, and far too little of it.
+    """Measure machine memory: sharing, costs of a page, copies of guests, guests on disk, and far too little.
 
-    Needs no daemon.  Fails if a guest comes to harm while memory is overcommitted.
+    Needs no daemon.  Fails if a guest comes to harm while memory is overcommitted, or the host restarted.
     """
     parts = only or PARTS
     machine = facts.gather(with_qemu=peer is not None)
     costs = _costs(runs) if "costs" in parts else None
-    sharing = loss = copies = overcommit = None
+    sharing = loss = copies = suspend = overcommit = None
     with tempfile.TemporaryDirectory(prefix="hostctl-bench-") as directory:
         if set(parts) - {"costs"}:
             template = debian(Path(directory), _PROMPT, say)
@@ -70,9 +80,13 @@ def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...],
             overcommit = memory_overcommit.run(template, load, say)
         if "copies" in parts:
             # the 64-bit kernel of Debian does not start in 64 MiB
-            small, sizes = _i386(), memory_copies.SIZES
-            copies = memory_copies.measure(small or template, sizes if small else sizes[1:], runs, guests,
+            small, cases = _i386(), memory_copies.CASES
+            copies = memory_copies.measure(small or template, cases if small else cases[1:], runs, guests,
                                            say)
+        if "suspend" in parts:
+            translated = _i386(RECIPES["debian-i386"])
+            suspend = [memory_suspend.measure(one, guests, say)
+                       for one in (template, translated and replace(translated, vmm="bt")) if one]
         if "loss" in parts:
             loss = memory_loss.measure(template, runs, say)
         if "sharing" in parts:
@@ -80,18 +94,18 @@ def memory_bench_command(session: Session, as_json: bool, only: tuple[str, ...],
             if peer is not None:
                 sharing.append(memory_sharing.peer(template, guests, seconds, say))
     report = Report(machine=machine, sharing=sharing, loss=loss, costs=costs, copies=copies,
-                    overcommit=overcommit)
+                    suspend=suspend, overcommit=overcommit)
     if as_json or session.json:
         print_json(report)
     else:
         show(report)
-    _judge(overcommit)
+    _judge(suspend or [], overcommit)
 
 
-def _i386() -> Template | None:
-    """The 32-bit image; None, and said, where it cannot be had."""
+def _i386(recipe: Recipe = RECIPES["debian-i386-pae"]) -> Template | None:
+    """A 32-bit image; None, and said, where it cannot be had."""
     try:
-        image = build_debian(progress=say, recipe=RECIPES[_MIXED])
+        image = build_debian(progress=say, recipe=recipe)
     except PullError as error:
         say(f"no 32-bit guests: {error}")
         return None
@@ -123,11 +137,17 @@ def show(report: Report) -> None:
     if report.copies is not None:
         click.echo()
         print_table(
-            ["MEMORY", ">RESIDENT", ">CLONE PAUSE", ">CLONES", ">ALL RUN AFTER", ">SAVE PAUSE",
+            ["MEMORY", ">RANDOM", ">RESIDENT", ">CLONE PAUSE", ">CLONES", ">ALL RUN AFTER", ">SAVE PAUSE",
              ">SAVED AFTER", ">FILE", ">RESTORED AFTER", ">ANSWERS AFTER"],
-            [[size(row.memory), size(row.resident), _ms(row.clone_pause_s), row.clones, _ms(row.clone_s),
-              _ms(row.snapshot_pause_s), _ms(row.snapshot_s), size(row.file_bytes), _ms(row.restore_s),
-              _ms(row.answer_s)] for row in report.copies])
+            [[size(row.memory), size(row.random), size(row.resident), _ms(row.clone_pause_s), row.clones,
+              _ms(row.clone_s), _ms(row.snapshot_pause_s), _ms(row.snapshot_s), size(row.file_bytes),
+              _ms(row.restore_s), _ms(row.answer_s)] for row in report.copies])
+    if report.suspend is not None:
+        click.echo()
+        print_table(
+            ["MONITOR", ">GUESTS", ">MEMORY", ">SUSPENDED AFTER", ">RESUMED AFTER", ">FILES", "COUNTS"],
+            [[row.vmm, row.guests, size(row.memory), f"{row.suspend_s:.2f} s", f"{row.resume_s:.2f} s",
+              size(row.file_bytes), "wrong" if row.failures else "go on"] for row in report.suspend])
     if report.sharing is not None:
         click.echo()
         print_table(
@@ -174,10 +194,11 @@ def _show_overcommit(one: Overcommit) -> None:
         click.echo(f"  {line}")
 
 
-def _judge(overcommit: Overcommit | None) -> None:
+def _judge(suspended: Sequence[memory_suspend.Suspended], overcommit: Overcommit | None) -> None:
     """Fail with all that went wrong, a sentence each."""
-    failures = overcommit.failures if overcommit is not None else []
+    failures = [failure for one in suspended for failure in one.failures]
+    failures += overcommit.failures if overcommit is not None else []
     for failure in failures:
         CtlError(failure).show(sys.stderr)
     if failures:
-        raise CtlError(f"memory was overcommitted and guests came to harm: {len(failures)} findings")
+        raise CtlError(f"guests came to harm: {len(failures)} findings")

@@ -20,13 +20,14 @@ from hostd.ctl.errors import CtlError
 
 _START_TIMEOUT = 20.0
 _STOP_TIMEOUT = 15.0
+_SUSPEND_TIMEOUT = 120.0
 
 _CONFIGURATION = """\
 [host]
 state_dir = "{directory}/state"
 runtime_dir = "{directory}"
 shutdown_timeout = 0
-{workers}{pool}
+{host}
 [metrics]
 address = "{metrics}"
 {tables}
@@ -47,21 +48,23 @@ class PrivateDaemon:
 
 
 @contextmanager
-def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0", pool: int = 0,
-                   tables: str = "") -> Iterator[PrivateDaemon]:
+def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0", pool: int = 0, tables: str = "",
+                   directory: Path | None = None, suspend: bool = False) -> Iterator[PrivateDaemon]:
     """Run a daemon with temporary state.  Raises CtlError if it does not start.
 
     workers: 0 = one a CPU; pool: bytes of machine memory, 0 = as much as a daemon takes by itself; tables:
-    more of the configuration file.
+    more of the configuration file; directory: where its state is and stays; suspend: its guests go to disk
+    when it ends.
     """
-    with _signals_unwind(), tempfile.TemporaryDirectory(prefix="hostd-") as directory:
-        configuration = Path(directory, "hostd.toml")
-        count = f"workers = {workers}\n" if workers else ""
-        memory = f"memory = {pool}\n" if pool else ""
-        configuration.write_text(_CONFIGURATION.format(directory=directory, workers=count, pool=memory,
-                                                       metrics=metrics, tables=tables))
-        Path(directory, "state").mkdir()
-        log = Path(directory, "log")
+    with _signals_unwind(), _place(directory) as place:
+        configuration = place / "hostd.toml"
+        host = "".join(line for line, wanted in (
+            (f"workers = {workers}\n", workers), (f"memory = {pool}\n", pool),
+            ('on_shutdown = "suspend"\n', suspend)) if wanted)
+        configuration.write_text(_CONFIGURATION.format(directory=place, host=host, metrics=metrics,
+                                                       tables=tables))
+        (place / "state").mkdir(exist_ok=True)
+        log = place / "log"
         with log.open("wb") as output:
             began = time.monotonic()
             # In a session of its own, Ctrl-C reaches us only, and we end it in order.
@@ -69,13 +72,23 @@ def private_daemon(*, workers: int = 0, metrics: str = "127.0.0.1:0", pool: int 
                 [sys.executable, "-m", "hostd.daemon", "--config", str(configuration)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        socket = Path(directory, "hostd.sock")
+        socket = place / "hostd.sock"
         try:
             with Client(socket) as client:
                 _await_answer(client, process, log)
                 yield PrivateDaemon(client, socket, process.pid, time.monotonic() - began, log)
         finally:
-            _end(process)
+            _end(process, _SUSPEND_TIMEOUT if suspend else _STOP_TIMEOUT)
+
+
+@contextmanager
+def _place(directory: Path | None) -> Iterator[Path]:
+    """`directory`, or a temporary one."""
+    if directory is not None:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="hostd-") as temporary:
+        yield Path(temporary)
 
 
 def _await_answer(client: Client, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -91,11 +104,11 @@ def _await_answer(client: Client, process: subprocess.Popen[bytes], log: Path) -
     raise CtlError(f"the private daemon did not answer within {_START_TIMEOUT:.0f} seconds")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the daemon and whatever is left of its session."""
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """End the daemon, which has so many seconds for it, and whatever is left of its session."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
-        process.wait(_STOP_TIMEOUT)
+        process.wait(patience)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
