@@ -13,7 +13,7 @@ on: reported, they are free; unreported, they come back when the worker dies.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -48,10 +48,12 @@ class Charge:
 class Books:
     """The ledger of the pool."""
 
-    def __init__(self, pool: Pool, stores: Stores | None = None, reserve: int = 0) -> None:
-        """The first `reserve` frames are for the overhead of guests only."""
+    def __init__(self, pool: Pool, stores: Stores | None = None, reserve: int = 0,
+                 on_freed: Callable[[], None] = lambda: None) -> None:
+        """The first `reserve` frames are for the overhead of guests only.  `on_freed` is called whenever
+        frames have come free, for whatever reason."""
         self._pool = pool
-        self._allocator = FrameAllocator(pool, reserve)
+        self._allocator = FrameAllocator(pool, reserve, on_freed)
         self.stores = stores or Stores()
         #: blocks of all guests that have memory, and their charges, by first frame
         self._blocks: dict[int, VmBlock] = {}

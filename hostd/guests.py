@@ -91,7 +91,6 @@ class Guests:
     def free_copy(self, block: VmBlock) -> None:
         """The copy is of no use any more."""
         self._memory.books.free(block)
-        self.leases.feed_hungry()
 
     async def resume(self, vm: Vm) -> None:
         async with self.changing(vm):
@@ -399,7 +398,6 @@ class Guests:
         block, vm.block = vm.block, None
         vm.ledger.fold(block)
         self._memory.books.free(block)
-        self.leases.feed_hungry()
 
 
 def _unread(vm: Vm) -> Conflict:

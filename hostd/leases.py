@@ -90,6 +90,7 @@ class Leases:
         self._hungry: dict[Worker, int] = {}
         #: called when a worker begins to wait for frames
         self.on_hunger: Callable[[], None] = lambda: None
+        memory.on_freed = self._feed_hungry
         #: called when a guest stands still because it has as many frames as it may
         self.on_limit: Callable[[Vm], None] = lambda vm: None
         self._on: dict[type, Callable[[Worker, Any], None]] = {
@@ -193,13 +194,14 @@ class Leases:
         handler(worker, message)
 
     def on_death(self, worker: Worker, why: str) -> None:
+        # first of all, or what its guests leave would be lent to it
+        self._hungry.pop(worker, None)
         for vm in [vm for vm in self._held.values() if vm.worker is worker]:
             if vm.lease in self._adopting:
                 self._lost(vm, NeverAdopted(why))
             else:
                 self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
                 self._ended(vm, Trigger.CRASH, why)
-        self._hungry.pop(worker, None)
         self._memory.books.reclaim(worker.index)
         self._events.publish("worker", index=worker.index, state="died", reason=why)
 
@@ -272,11 +274,10 @@ class Leases:
         """Frames that workers wait for."""
         return sum(self._hungry.values())
 
-    def feed_hungry(self) -> None:
-        """Memory came free: give it to the workers that wait for some, and let others look."""
+    def _feed_hungry(self) -> None:
+        """Memory came free: give it to the workers that wait for some."""
         for worker, count in list(self._hungry.items()):
             self._on_need_frames(worker, protocol.NeedFrames(count))
-        self._memory.freed()
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
         vm = self._held[message.vm]
@@ -289,8 +290,6 @@ class Leases:
             self._memory.books.reported(block, message.dropped, message.freed, message.fetched)
         except ValueError as error:
             raise protocol.ProtocolError(f"a report about {message.vm} that cannot be: {error}") from None
-        if message.freed:
-            self.feed_hungry()
 
     def _on_reclaimed(self, worker: Worker, message: protocol.Reclaimed) -> None:
         # Invariant: the books follow here and not in whoever waits, because the guest's own end, and with it

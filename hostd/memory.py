@@ -34,6 +34,8 @@ class MachineMemory:
         self.wanted = 0
         #: called when there are not enough
         self.on_want: Callable[[], None] = lambda: None
+        #: called when frames came free: workers that wait for some come first
+        self.on_freed: Callable[[], None] = lambda: None
         self._freed = trio.Event()
         try:
             self.pool = Pool(size)
@@ -57,8 +59,9 @@ class MachineMemory:
         raise Failed(f"not enough machine memory: {frames} frames wanted, {self.books.free_frames()} of "
                      f"{self.pool.frames} are free, and other guests did not give up more in time")
 
-    def freed(self) -> None:
+    def _tell_freed(self) -> None:
         """Frames came free: whoever waits looks again."""
+        self.on_freed()
         self._freed.set()
         self._freed = trio.Event()
 
@@ -72,4 +75,4 @@ class MachineMemory:
         # a P2M takes a 512th of its guest's memory, the rest of its block hardly more than a quarter of that
         reserve = min(self.pool.frames // MOST_RESERVED, int(self.pool.frames * self._overcommit) // 384)
         swap = SwapFile(path, limit) if path is not None and limit else None
-        return Books(self.pool, Stores(swap), reserve)
+        return Books(self.pool, Stores(swap), reserve, self._tell_freed)

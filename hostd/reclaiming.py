@@ -70,7 +70,6 @@ class Reclaimer:
                 books.unpin(frames)
                 raise
         vm.memory_state.merged += len(done)
-        self._guests.leases.feed_hungry()
         return len(done)
 
     async def drop_zeros(self, vm: Vm, pages: np.ndarray) -> int:
@@ -79,7 +78,6 @@ class Reclaimer:
         async with self._held(vm) as block:
             done, _ = await self._carry_out(vm, block, "zeros", lambda _, freed: books.zeroed(freed), pages)
         vm.memory_state.zeroed += len(done)
-        self._guests.leases.feed_hungry()
         return len(done)
 
     async def watch(self, vm: Vm, pages: np.ndarray) -> None:
@@ -113,7 +111,6 @@ class Reclaimer:
         finally:
             books.unpin(frames)
         vm.memory_state.swapped_out += len(put)
-        self._guests.leases.feed_hungry()
         return len(put)
 
     async def install(self, vm: Vm, store: int, pages: np.ndarray, frames: np.ndarray) -> int:

@@ -12,7 +12,7 @@ pool.  A share count may be too high for a moment (a worker's drop still under w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,8 +101,10 @@ class FrameAllocator:
     scattered among guests' pages, and no run would be found there.
     """
 
-    def __init__(self, pool: Pool, reserve: int = 0) -> None:
+    def __init__(self, pool: Pool, reserve: int = 0, on_freed: Callable[[], None] = lambda: None) -> None:
         self.pool = pool
+        #: called whenever frames have come free; they may be lent again there and then
+        self._on_freed = on_freed
         #: frames below are for runs
         self._lendable = 1 + min(reserve, pool.frames - 1)
         self._owner = np.zeros(pool.frames, dtype=np.int16)
@@ -188,6 +190,7 @@ class FrameAllocator:
         self._owner[first:first + count] = FREE
         self._count_run(first, -count)
         self.pool.release(first, count)
+        self._on_freed()
 
     def lend(self, borrower: int, count: int) -> list[Extent]:
         """`count` zeroed frames on loan to `borrower` (0..30000).  Raises OutOfFrames."""
@@ -291,6 +294,7 @@ class FrameAllocator:
         breaks = np.flatnonzero(np.diff(frames) != 1) + 1
         for run in np.split(frames, breaks):
             self.pool.release(int(run[0]), len(run))
+        self._on_freed()
 
     # -- the books ---------------------------------------------------------------------------------
 
