@@ -87,9 +87,13 @@ class Books:
         return charge
 
     def frames_for_loading(self, count: int) -> Magazine:
-        """Exactly the frames that the initial contents of a guest take."""
+        """Exactly so many frames, which the daemon fills; those that it does not are to be `unused`."""
         with _short_of_memory():
             return Magazine(self._allocator.lend(LOADER, count))
+
+    def unused(self, frames: np.ndarray) -> None:
+        """These frames for loading came into no guest."""
+        self._give_back(frames)
 
     def clone(self, source: VmBlock) -> VmBlock:
         """A second guest with the memory of `source`, which no worker has."""

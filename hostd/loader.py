@@ -59,7 +59,11 @@ async def fill(memory: MachineMemory, block: VmBlock, image: BootImage, monitor:
         pages.update(range(gpa >> PAGE_SHIFT, (gpa + len(data) - 1 >> PAGE_SHIFT) + 1))
     await memory.room_for(len(pages))
     magazine = memory.books.frames_for_loading(len(pages))
-    await trio.to_thread.run_sync(_write, block, magazine, image)
+    try:
+        # a start that was given up meanwhile may end here, before the thread has begun
+        await trio.to_thread.run_sync(_write, block, magazine, image)
+    finally:
+        memory.books.unused(magazine.rest())
     return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu, monitor=monitor))
 
 

@@ -107,8 +107,7 @@ class Resumer:
     async def _load(self, offsets: np.ndarray, stores: Sequence[PageStore]) -> np.ndarray:
         """Frames with the contents of these records, pinned."""
         books, pool = self._memory.books, self._memory.pool
-        magazine = books.frames_for_loading(len(offsets))
-        frames = np.array([magazine.take() for _ in range(len(offsets))], dtype=np.int64)
+        frames = books.frames_for_loading(len(offsets)).rest()
         books.pin(frames)
 
         def read() -> None:

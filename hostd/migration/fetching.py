@@ -166,9 +166,14 @@ class Fetching:
         count = int(np.count_nonzero(full))
         await self._here.memory.room_for(count)
         frames[full] = taken = take(self._here.memory, count)
-        # Invariant: frames that were taken come to `install`, which gives back what the guest does not want
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(write, self._here.memory.pool, taken, batch.contents)
+        # Invariant: frames that were taken come to `install`, which gives back what the guest does not want,
+        # or go back from here
+        try:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(write, self._here.memory.pool, taken, batch.contents)
+        except BaseException:
+            self._here.memory.books.unused(taken)
+            raise
         try:
             await self._reclaimer.install(self._vm, self._store, batch.pages, frames)
         except HostError as error:

@@ -87,6 +87,10 @@ class IncomingMemory:
         pages, contents = batch.pages[filled], batch.contents
         delta = batch.kinds[filled] == PageKind.DELTA
         contents[delta] ^= self._contents(pages[delta])
+        own = _kind(leaf[pages]) == _PRIVATE
+        fresh, frames = pages[~own], spare[:np.count_nonzero(~own)]
+        # what can fail comes first: the guest lets go of nothing then
+        write(self._block.pool, frames, contents[~own])
 
         shared = batch.pages[_kind(leaf[batch.pages]) == _SHARED]
         leaf[shared] = 0
@@ -94,11 +98,7 @@ class IncomingMemory:
         gone = empty[_kind(leaf[empty]) == _PRIVATE]
         freed = _numbers(leaf[gone])
         leaf[gone] = 0
-
-        own = _kind(leaf[pages]) == _PRIVATE
         self._frames[_numbers(leaf[pages[own]])] = contents[own]
-        fresh, frames = pages[~own], spare[:np.count_nonzero(~own)]
-        write(self._block.pool, frames, contents[~own])
         leaf[fresh] = frames.astype(np.uint64) << _SHIFT | np.uint64(PRIVATE_BITS)
         first = fresh[~self.known[fresh]]
         self.known[batch.pages] = True
@@ -114,7 +114,7 @@ class IncomingMemory:
 
     def close(self) -> None:
         """Nothing comes any more: give back what was not used."""
-        self._memory.books.reported(self._block, (), self._spare.tolist(), ())
+        self._memory.books.unused(self._spare)
         self._spare = self._spare[:0]
 
     def share_with(self, pages: np.ndarray, frames: np.ndarray) -> None:
@@ -144,8 +144,7 @@ class IncomingMemory:
 
 def take(memory: MachineMemory, count: int) -> np.ndarray:
     """Frames, on loan to the daemon.  Raises Failed when there are not so many."""
-    magazine = memory.books.frames_for_loading(count)
-    return np.array([magazine.take() for _ in range(count)], dtype=np.int64)
+    return memory.books.frames_for_loading(count).rest()
 
 
 def write(pool: Pool, frames: np.ndarray, contents: np.ndarray) -> None:

@@ -63,6 +63,10 @@ class Magazine:
         self._stock -= 1
         return frame
 
+    def rest(self) -> np.ndarray:
+        """All that are left, which are not in stock any more."""
+        return np.array([self.take() for _ in range(self._stock)], dtype=np.int64)
+
     def __len__(self) -> int:
         return self._stock
 
