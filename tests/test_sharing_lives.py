@@ -145,6 +145,22 @@ def test_guests_that_come_after_others_went(host: SharingHost) -> None:
     assert fourth.frame(399) == fifth.frame(255)
 
 
+@pytest.mark.parametrize("rate", [0, 5])
+def test_lives_that_are_over_take_no_place(host: SharingHost, rate: int) -> None:
+    """However many there are in a pass, or while sharing is disabled."""
+    host.rate = rate
+    stays = host.guest()
+    for page in range(PAGES):
+        stays.fill(page, b"%d" % page)
+    for _ in range(20):
+        guest = host.guest()
+        host.scan()
+        guest.end()
+        assert host.scanner.passes == 0
+        assert len(host.scanner._last) <= 1 + 4 * PAGES
+    host.check()
+
+
 # -- clones -------------------------------------------------------------------------------------------------
 
 

@@ -131,7 +131,8 @@ class Scanner:
         """Look at up to `budget` private pages, of all guests in turn; stops at the end of a pass."""
         found = _Found()
         self._promised.clear()
-        self._meet(guests)
+        if budget > 0:
+            self._meet(guests)
         while budget > 0:
             waiting = [known for known in self._known.values() if not known.done]
             if not waiting:
@@ -185,6 +186,14 @@ class Scanner:
                 known = self._known[guest.key] = _Known(guest, len(self._last))
                 self._last = np.append(self._last, np.zeros(known.pages, dtype=np.uint64))
                 self._offered = np.append(self._offered, np.zeros(known.pages, dtype=bool))
+        if len(self._last) > 1 + 2 * self._places():
+            # a pass may outlast many short lives
+            self._waiting.clear(self._looked)
+            self._close_ranks()
+
+    def _places(self) -> int:
+        """How many places have a guest."""
+        return sum(known.pages for known in self._known.values())
 
     def _end_pass(self) -> None:
         if not self._known:
@@ -197,7 +206,7 @@ class Scanner:
         # what is met and not in the table may be used for something else by now
         self._met[np.flatnonzero(self._met)] = False
         self._met[self.table.all_frames()] = True
-        if len(self._last) > 1 + sum(known.pages for known in self._known.values()):
+        if len(self._last) > 1 + self._places():
             self._close_ranks()
 
     def _close_ranks(self) -> None:
