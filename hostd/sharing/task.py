@@ -113,6 +113,8 @@ class Sharing(Generic[V]):
         self._roused = trio.Event()
         #: part of the full rate; frames that were free when it was last the whole
         self._pace, self._free = 1.0, 0
+        #: the part of a page that is due
+        self._due = 0.0
         #: what this pass has looked at and found
         self._pass = _Pass()
 
@@ -141,7 +143,8 @@ class Sharing(Generic[V]):
                 due = began = due if self.urgent else max(due, began + _PASS)
             with trio.move_on_at(due):
                 await self._roused.wait()
-                due = trio.current_time()
+                # what has gone by was due at the pace there was: no more is made up for than one period
+                seconds, due = min(seconds, PERIOD), trio.current_time()
 
     @property
     def _part(self) -> float:
@@ -156,7 +159,7 @@ class Sharing(Generic[V]):
         alive = [(block, vm) for vm in self._guests() if (block := vm.block) is not None]
         guests = [ScanGuest(block, self._image(vm), block.leaf()) for block, vm in alive]
         vms: dict[Hashable, V] = dict(alive)
-        budget = int(self._rate() * seconds * self._part)
+        budget = self._budget(seconds)
         self._look_for_growth(set(vms))
         passes = self._scanner.passes
         found = await trio.to_thread.run_sync(self._scanner.scan, guests, budget)
@@ -168,6 +171,14 @@ class Sharing(Generic[V]):
         await self._act(vms, found)
         self._unpin(self._scanner.table.sweep(self._pins.shares, _SWEEP))
         return found.scanned
+
+    def _budget(self, seconds: float) -> int:
+        """Whole pages that are due; a part of one counts the next time, or the slowest rates are none."""
+        rate = self._rate()
+        self._due = self._due + rate * seconds * self._part if rate else 0.0
+        budget = int(self._due)
+        self._due -= budget
+        return budget
 
     def _look_for_growth(self, known: set[Hashable]) -> None:
         """The full rate from here on if there are guests, or pages, that there were not."""
