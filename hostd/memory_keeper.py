@@ -114,6 +114,7 @@ class MemoryKeeper:
 
     def _plenty(self) -> bool:
         return (self._policy.state is pressure.State.HIGH and self._settled
+                and not any(vm.strict and vm.worker is not None for vm in self._guests.vms.values())
                 and self._memory.books.free_frames() > PLENTY * self._memory.pool.frames)
 
     def _looked_at(self) -> bool:
@@ -191,7 +192,7 @@ class MemoryKeeper:
         nothing above its target either."""
         most = min(plan.target, stand.limit) if plan.blocked else stand.limit
         shared = stand.resident - stand.private
-        self._rationing.set(vm, None if most >= stand.memory else max(0, most - shared))
+        self._rationing.set(vm, None if most >= stand.memory else max(0, most - shared), plan.blocked)
 
     def _ask(self, vm: Vm, plan: VmPlan) -> None:
         """Tell the balloon driver its target, and ask how the guest's memory is doing when that is needed."""

@@ -3,10 +3,15 @@
 
 A guest's worker gives it frames of its own up to its ration (hostd/ration.py) and no more.  Who is refused
 one stands still; some of its pages are swapped out at once, whatever else the host is doing, and it goes on.
+
+Where nothing can be swapped out it stands still until the keeper decides again, and tries again then.  One
+with a balloon driver gets a little room once a decision, to give something back; any other gets none, for
+there would be no end to that.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -15,8 +20,13 @@ from hostd.leases import Leases
 from hostd.protocol import SetRation
 from hostd.vm import Vm
 
+log = logging.getLogger(__name__)
+
 #: pages by which a guest at its limit is made to fit
 ROOM = 128
+#: what is said of a guest that cannot be made to
+STANDS_STILL = ("it stands still: it may have no more memory, none of its pages can be swapped out, and it "
+                "has no balloon driver to give some back; a higher limit, or swap, lets it go on")
 
 
 class Rationing:
@@ -33,10 +43,14 @@ class Rationing:
         self._refused.add(vm)
         self._came.set()
 
-    def set(self, vm: Vm, most: int | None) -> None:
-        """Let the guest have `most` frames that are its own; None: as many as there are."""
-        if most != vm.ration:
+    def set(self, vm: Vm, most: int | None, blocked: bool = False) -> None:
+        """The keeper's decision: let the guest have `most` frames that are its own; None: as many as there
+        are.  One that is `blocked` gets no room beyond them."""
+        if most != vm.ration or not vm.strict:
+            self._say(vm, "")
+        if most != vm.ration or vm.strict:
             self._tell(vm, most)
+        vm.strict = blocked
 
     def _tell(self, vm: Vm, most: int | None) -> None:
         """A guest that was refused a frame tries again when this arrives."""
@@ -73,7 +87,26 @@ class Rationing:
             if done is None:
                 async with vm.lock:             # until whoever is changing it has done that
                     continue
-            if not done and vm.lease == lease and vm.block is not None:
-                # nothing can be swapped.  It has to run to give something back by its balloon driver
-                self._tell(vm, vm.block.memory_counts()["private"] + ROOM)
+            if vm.lease == lease:
+                self._made(vm, done)
             return
+
+    def _made(self, vm: Vm, room: int) -> None:
+        """So many pages of a guest that was refused a frame were swapped out."""
+        driver = vm.balloon is not None and vm.balloon.driver
+        self._say(vm, "" if room or driver else STANDS_STILL)
+        if room:
+            return
+        if driver and not vm.strict:                # it has to run to give something back
+            assert vm.block is not None
+            self._tell(vm, vm.block.memory_counts()["private"] + ROOM)
+        vm.strict = True
+
+    def _say(self, vm: Vm, reason: str) -> None:
+        """What a user should know of the guest, if it is news."""
+        if reason == vm.reason or STANDS_STILL not in (reason, vm.reason):
+            return
+        if reason:
+            log.warning("guest stands still", extra={"vm": vm.name, "why": reason})
+        vm.reason = reason
+        vm.activity.notify()

@@ -67,6 +67,8 @@ class Vm:
         self.memory_state = MemoryState()
         #: frames of its own that it may have at the moment; None: as many as there are
         self.ration: int | None = None
+        #: it gets no room beyond that until the keeper's next decision
+        self.strict = False
         #: its MachineState while no worker has it
         self.parked = b""
         #: cancelling it gives up a start, or the wait for a restart
@@ -128,6 +130,7 @@ class Vm:
         self.balloon = None
         limit = self.definition.limit_bytes
         self.ration = limit // PAGE if limit < self.definition.memory else None
+        self.strict = False
         self.born = trio.current_time()
         self.exit_status = None
 

@@ -6,14 +6,23 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
+from hostd.books import Books
+from hostd.definition import Definition
 from hostd.errors import Failed
+from hostd.events import Events
+from hostd.lifecycle import Policy
 from hostd.model import MONITORS, PAGE, VmPatch
+from hostd.protocol import BalloonView, Message, SetRation
 from hostd.ration import Ration
+from hostd.rationing import ROOM, STANDS_STILL, Rationing
 from hostd.swapfile import SwapFile
 from hostd.vm import Vm
 from tests.told_host import SOON, ToldHost, real_host
@@ -144,14 +153,62 @@ async def test_a_limit_holds_at_every_moment(host: ToldHost, monitor: str) -> No
 
 
 @pytest.mark.parametrize("host", ["0", "64M"], indirect=True)
-async def test_without_swap_a_guest_at_its_limit_does_not_stand_still_for_ever(
+async def test_without_swap_and_without_a_driver_a_guest_stands_still_at_its_limit(
         host: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or with a disk that fails."""
+    """Or with a disk that fails.  It says so, and goes on with a higher limit."""
     def fail(swap: SwapFile, contents: object) -> None:
         raise Failed("cannot write: the disk is broken")
 
     monkeypatch.setattr(SwapFile, "write", fail)
     await host.running("vm", kernel=await host.blob(rounds_kernel(TOUCHED)), memory=MEMORY, limit=LIMIT)
     vm = host.host._guests.vms["vm"]
+    with trio.fail_after(SOON):
+        while vm.reason != STANDS_STILL:
+            await vm.activity.wait()
+    assert private(vm) <= LIMIT // PAGE and not vm.console.written
+    await host.host.update("vm", VmPatch(limit=MEMORY))
     await rounds(host, vm, 2)
-    assert vm.block is not None and vm.block.memory_counts()["resident"] > TOUCHED
+    assert vm.reason == "" and private(vm) >= TOUCHED
+
+
+# --- the daemon's side of it --------------------------------------------------------------------------------
+
+
+def one_page_vm() -> Vm:
+    """A VM with a limit of one page."""
+    return Vm(Definition(name="vm", memory=1 << 20, limit=PAGE, weight=100, cap=0, on_crash=Policy.STOP,
+                         on_poweroff=Policy.STOP), Events())
+
+
+async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blocked() -> None:
+    books = Books(Pool(4 << 20))
+    vm = one_page_vm()
+    vm.begin_life()
+    vm.block, vm.lease = books.new(1 << 20), "vm#1"
+    told: list[Message] = []
+    vm.worker = SimpleNamespace(send=told.append)       # type: ignore[assignment]
+    leases: Any = SimpleNamespace()
+
+    async def nothing(vm: Vm, count: int) -> int:
+        return 0
+
+    async def refused() -> list[Message]:
+        """What its worker is told when the guest was refused a frame."""
+        told.clear()
+        leases.on_limit(vm)
+        await trio.testing.wait_all_tasks_blocked()
+        return told
+
+    rationing = Rationing(leases, nothing)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rationing.run)
+        assert await refused() == [] and vm.reason == STANDS_STILL
+        vm.balloon = BalloonView(vm.lease, True, 0, {}, 0)
+        assert await refused() == [], "it had its turn"
+        rationing.set(vm, 1)
+        assert told == [SetRation(vm.lease, 1)], "it tries again"
+        assert await refused() == [SetRation(vm.lease, ROOM)] and vm.reason == ""
+        assert await refused() == []
+        rationing.set(vm, 1, blocked=True)
+        assert await refused() == []
+        nursery.cancel_scope.cancel()
