@@ -50,6 +50,7 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
     def give_to(self, vm: Vm) -> None:
         """Have a VM that has none yet go on with this life."""
         vm.boots, vm.crashes, vm.born = self.boots, self.crashes, trio.current_time() - self.age_s
+        vm.begin_ration()
         vm.console.load(self.console, self.console_end, self.console_boot)
         vm.ledger.load(self.accounts, self.exits)
         vm.memory_state = MemoryState(

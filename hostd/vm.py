@@ -128,11 +128,15 @@ class Vm:
         self.boots += 1
         self.memory_state.begin_life(self.balloon)
         self.balloon = None
+        self.begin_ration()
+        self.born = trio.current_time()
+        self.exit_status = None
+
+    def begin_ration(self) -> None:
+        """No worker has had it yet: until the keeper decides, it may have what its limit says."""
         limit = self.definition.limit_bytes
         self.ration = limit // PAGE if limit < self.definition.memory else None
         self.strict = False
-        self.born = trio.current_time()
-        self.exit_status = None
 
     def age(self) -> float:
         """Seconds since it was started, 0 when it is not."""

@@ -23,6 +23,7 @@ from hostd.model import MONITORS, PAGE, VmPatch
 from hostd.protocol import BalloonView, Message, SetRation
 from hostd.ration import Ration
 from hostd.rationing import ROOM, STANDS_STILL, Rationing
+from hostd.saved import Life
 from hostd.swapfile import SwapFile
 from hostd.vm import Vm
 from tests.told_host import SOON, ToldHost, real_host
@@ -178,6 +179,12 @@ def one_page_vm() -> Vm:
     """A VM with a limit of one page."""
     return Vm(Definition(name="vm", memory=1 << 20, limit=PAGE, weight=100, cap=0, on_crash=Policy.STOP,
                          on_poweroff=Policy.STOP), Events())
+
+
+async def test_a_guest_that_lives_on_from_another_daemon_has_its_limit_at_once() -> None:
+    before, after = one_page_vm(), one_page_vm()
+    Life.of(before, paused=False).give_to(after)
+    assert after.ration == 1
 
 
 async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blocked() -> None:
