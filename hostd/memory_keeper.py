@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
+from hostd.definition import Definition
 from hostd.errors import Conflict, HostError
 from hostd.events import Events
 from hostd.guests import Guests
@@ -100,7 +101,7 @@ class MemoryKeeper:
             while True:
                 with trio.move_on_after(DECIDE_S):
                     await self._hunger.wait()
-                claims = [(vm.name, vm.boots, vm.definition) for vm in self._guests.vms.values()]
+                claims = self._claims()
                 if (not self._hunger.is_set() and claims == about and self._plenty()
                         and trio.current_time() < decided + PLENTY_S and not self._looked_at()):
                     continue
@@ -111,6 +112,10 @@ class MemoryKeeper:
                 await trio.sleep(HUNGRY_S)
                 if self._guests.leases.waiting() or self._memory.wanted:
                     self._hungry()
+
+    def _claims(self) -> list[tuple[str, int, Definition, bool]]:
+        """What a decision is about: who is there, what they claim, and who can be told."""
+        return [(vm.name, vm.boots, vm.definition, vm.worker is not None) for vm in self._guests.vms.values()]
 
     def _plenty(self) -> bool:
         return (self._policy.state is pressure.State.HIGH and self._settled
@@ -196,12 +201,15 @@ class MemoryKeeper:
 
     def _ask(self, vm: Vm, plan: VmPlan) -> None:
         """Tell the balloon driver its target, and ask how the guest's memory is doing when that is needed."""
-        if vm.worker is None or vm.lock.locked():
-            return
         watch, now = self._watches[vm.name], trio.current_time()
         assert vm.block is not None
         wanted = max(plan.balloon, vm.block.pages - (vm.definition.memory_target_bytes >> 12))
         vm.memory_state.balloon_target = wanted
+        if vm.worker is None:
+            return                                  # it is told when it goes on (`_claims`)
+        if vm.lock.locked():
+            self._settled &= wanted == watch.target
+            return
         short, state = self._policy.state is not pressure.State.HIGH, vm.memory_state
         patience = (DRIVER_S if vm.balloon is None or not vm.balloon.driver
                     else DECIDE_S if short else STATISTICS_S)

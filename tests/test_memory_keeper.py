@@ -45,3 +45,21 @@ async def test_while_there_is_plenty_guests_are_woken_for_those_who_look(
     assert not keeper._looked_at(), "nobody has looked since"
     vm.definition = msgspec.structs.replace(vm.definition, memory_target=MEMORY // 2)
     assert await asked() == [(MEMORY // 2 >> 12, False)]
+
+
+async def test_a_target_that_cannot_be_told_now_is_told_soon(told: ToldHost) -> None:
+    await told.running("web")
+    vm = told.host._guests.vms["web"]
+    keeper = keeper_of(told)
+    await keeper.decide()
+    assert keeper._plenty()
+    vm.definition = msgspec.structs.replace(vm.definition, memory_target=MEMORY // 2)
+    async with vm.lock:
+        await keeper.decide()
+    assert not keeper._plenty()
+    await keeper.decide()
+    assert keeper._plenty() and keeper._watches["web"].target == MEMORY // 2 >> 12
+    await told.host.pause("web").outcome()
+    paused = keeper._claims()
+    await told.host.resume("web").outcome()
+    assert keeper._claims() != paused, "a guest that goes on is worth a decision"
