@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 from typing import TYPE_CHECKING
 
@@ -62,10 +63,15 @@ class _Watch:
         self.life = life
         self.history = np.full(pages, NEW, dtype=np.uint8)
         self.working_set = WorkingSet(random)
+        #: the pages of the period under way
         self.sample = np.zeros(0, dtype=np.int64)
         self.sampled = False
         self.asked = -STATISTICS_S
         self.target = -1
+
+    def touched(self, block: VmBlock) -> int:
+        """How many pages of the sample were used since they are watched."""
+        return int(np.count_nonzero(block.leaf()[self.sample] & np.uint64(PRESENT)))
 
 
 class MemoryKeeper:
@@ -175,6 +181,7 @@ class MemoryKeeper:
         balloon = vm.balloon
         statistics: dict[str, int] = balloon.statistics if balloon is not None else {}
         watch = self._watches[vm.name]
+        watch.working_set.progress(watch.touched(vm.block), len(watch.sample))
         if watch.sampled:
             state.working_set = watch.working_set.estimate
         return VmMemory(
@@ -264,14 +271,13 @@ class MemoryKeeper:
                 if vm is None or vm.block is None or vm.boots != watch.life or vm.worker is None:
                     continue
                 if len(watch.sample):
-                    touched = int(np.count_nonzero(vm.block.leaf()[watch.sample] & np.uint64(PRESENT)))
-                    watch.working_set.feed(touched, len(watch.sample))
+                    watch.working_set.feed(watch.touched(vm.block), len(watch.sample))
                     watch.sampled = True
-                watch.sample = np.array(watch.working_set.choose(vm.block.pages), dtype=np.int64)
-                try:
-                    await self._reclaimer.watch(vm, watch.sample)
-                except HostError:
-                    watch.sample = watch.sample[:0]         # not watched: says nothing
+                sample = np.array(watch.working_set.choose(vm.block.pages), dtype=np.int64)
+                watch.sample = sample[:0]           # says nothing until it is watched
+                with suppress(HostError):
+                    await self._reclaimer.watch(vm, sample)
+                    watch.sample = sample
 
 
 _KEPT = frozenset({State.RUNNING, State.PAUSED})

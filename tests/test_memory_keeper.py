@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from hostd.memory_keeper import STATISTICS_S, MemoryKeeper
@@ -11,6 +12,7 @@ from hostd.memory_state import HostMemoryState
 from hostd.protocol import Message, SetBalloon
 from hostd.reclaiming import Reclaimer
 from tests.told_host import MEMORY, ToldHost
+from vmm.memory.p2mbits import PRESENT
 
 
 def keeper_of(told: ToldHost) -> MemoryKeeper:
@@ -63,3 +65,18 @@ async def test_a_target_that_cannot_be_told_now_is_told_soon(told: ToldHost) -> 
     paused = keeper._claims()
     await told.host.resume("web").outcome()
     assert keeper._claims() != paused, "a guest that goes on is worth a decision"
+
+
+async def test_a_guest_that_wakes_up_is_believed_within_the_period(told: ToldHost) -> None:
+    await told.running("web")
+    vm = told.host._guests.vms["web"]
+    assert vm.block is not None
+    keeper = keeper_of(told)
+    await keeper.decide()
+    watch = keeper._watches["web"]
+    watch.working_set.feed(0, 100)
+    await keeper.decide()
+    assert watch.working_set.estimate == 0
+    watch.sample = np.flatnonzero(vm.block.leaf() & np.uint64(PRESENT))
+    await keeper.decide()
+    assert watch.working_set.estimate == 0.5
