@@ -172,6 +172,14 @@ class Books:
         self._pins += len(frames)
         self._allocator.retain(frames)
 
+    def pin_shared(self, block: VmBlock, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Those of these pages of a guest that share a frame, alone or with others; and the frames, each
+        pinned once."""
+        frames = self._charges[block.first].frames[pages].astype(np.int64)
+        there = frames != 0
+        self.pin(frames[there])
+        return pages[there], frames[there]
+
     def unpin(self, frames: np.ndarray) -> None:
         """The end of a pin, or of one that `merged` did not use up."""
         self._pins -= len(frames)

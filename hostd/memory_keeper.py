@@ -27,12 +27,12 @@ from hostd.memory import MachineMemory
 from hostd.memory_state import HostMemoryState
 from hostd.policy import HostMemory, Policy, VmMemory, VmPlan, WorkingSet, pressure, settle
 from hostd.policy.victims import NEW, aged, coldest
-from hostd.protocol import SetBalloon
+from hostd.protocol import Most, SetBalloon
 from hostd.rationing import Rationing
 from hostd.reclaiming import Reclaimer
 from hostd.vm import Vm
 from vmm.memory.frames import FrameAllocator
-from vmm.memory.p2mbits import KIND_MASK, KIND_SHIFT, PRESENT, Kind
+from vmm.memory.p2mbits import PRESENT
 
 if TYPE_CHECKING:
     from vmm.memory.block import VmBlock
@@ -200,11 +200,11 @@ class MemoryKeeper:
     # --- carrying out
 
     def _ration(self, vm: Vm, plan: VmPlan, stand: VmMemory) -> None:
-        """Its limit is all that it has, its part of what it shares included; a guest that is blocked gets
-        nothing above its target either."""
-        most = min(plan.target, stand.limit) if plan.blocked else stand.limit
-        shared = stand.resident - stand.private
-        self._rationing.set(vm, None if most >= stand.memory else max(0, most - shared), plan.blocked)
+        """Its limit is on all pages that have a frame; a guest that is blocked gets no frame of its own above
+        its target either, its part of what it shares included."""
+        part = stand.resident - stand.private
+        self._rationing.set(vm, Most(stand.limit if stand.limit < stand.memory else None,
+                                     max(0, plan.target - part) if plan.blocked else None))
 
     def _ask(self, vm: Vm, plan: VmPlan) -> None:
         """Tell the balloon driver its target, and ask how the guest's memory is doing when that is needed."""
@@ -226,9 +226,9 @@ class MemoryKeeper:
         vm.worker.send(SetBalloon(vm.lease, wanted, statistics=short or state.looked))
         state.looked = False
 
-    async def _evict(self, vm: Vm, count: int) -> int | None:
-        """Swap out the `count` coldest private pages.  What was used since the last time it was looked at is
-        watched anew, and so spared this time, unless nothing else is left.
+    async def _evict(self, vm: Vm, count: int, shared: bool = False) -> int | None:
+        """Swap out the `count` coldest pages: private ones, or `shared` ones, too.  What was used since the
+        last time it was looked at is watched anew, and so spared this time, unless nothing else is left.
 
         The answer is how many were; None if the guest was not to be had.
         """
@@ -237,11 +237,10 @@ class MemoryKeeper:
         watch = self._watches[vm.name] = self._watch(vm)
         done = 0
         try:
-            cold = self._look(vm, watch)
+            cold = self._look(vm, watch, shared)
             if len(cold) < count:
-                private = np.flatnonzero(_private(vm.block.leaf()))
-                await self._reclaimer.watch(vm, private)
-                cold = private
+                cold = np.flatnonzero(_framed(vm.block.leaf(), shared))
+                await self._reclaimer.watch(vm, cold)
             for start in range(0, min(count, len(cold)), BATCH):
                 chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
                 done += await self._reclaimer.swap_out(vm, chosen)
@@ -252,13 +251,13 @@ class MemoryKeeper:
             log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
         return done
 
-    def _look(self, vm: Vm, watch: _Watch) -> np.ndarray:
-        """The private pages that were not used since they are watched."""
+    def _look(self, vm: Vm, watch: _Watch, shared: bool) -> np.ndarray:
+        """The private pages, or `shared` ones, too, that were not used since they are watched."""
         assert vm.block is not None
         leaf = vm.block.leaf()
         used = (leaf & np.uint64(PRESENT)) != 0
         watch.history = aged(watch.history, used)
-        return np.flatnonzero(_private(leaf) & ~used)
+        return np.flatnonzero(_framed(leaf, shared) & ~used)
 
     # --- working sets
 
@@ -283,8 +282,10 @@ class MemoryKeeper:
 _KEPT = frozenset({State.RUNNING, State.PAUSED})
 
 
-def _private(leaf: np.ndarray) -> np.ndarray:
-    return (leaf & np.uint64(KIND_MASK)) == np.uint64(Kind.PRIVATE << KIND_SHIFT)
+def _framed(leaf: np.ndarray, shared: bool) -> np.ndarray:
+    """Which pages have a frame for themselves, or a `shared` one, too."""
+    private = FrameAllocator.is_private(leaf)
+    return private | FrameAllocator.is_shared(leaf) if shared else private
 
 
 def _pages(statistic: int | None, most: int) -> int | None:

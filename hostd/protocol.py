@@ -11,7 +11,7 @@ message about a past life of a VM cannot be mistaken for one about the present.
 from __future__ import annotations
 
 import struct
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -32,6 +32,15 @@ Ending = Literal["poweroff", "reset", "crashed", "exit"]
 
 class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """The base of all messages."""
+
+
+class Most(NamedTuple):
+    """How many frames a guest may have; None: as many as there are."""
+
+    #: pages of it that have one, for themselves or in common with others
+    pages: int | None = None
+    #: pages of it that have one for themselves
+    own: int | None = None
 
 
 # --- daemon to worker ---------------------------------------------------------------------------------------
@@ -57,8 +66,7 @@ class Adopt(Message, frozen=True):
     unchanged: bool = False
     #: its dirty log has been started, and goes on
     logging: bool = False
-    #: frames of its own that it may have; None: as many as there are
-    ration: int | None = None
+    ration: Most = Most()
 
 
 class Release(Message, frozen=True):
@@ -114,10 +122,10 @@ class SetBalloon(Message, frozen=True):
 
 
 class SetRation(Message, frozen=True):
-    """The guest may have so many frames of its own; None: as many as there are."""
+    """The guest may have so many frames."""
 
     vm: str
-    frames: int | None
+    most: Most
 
 
 class CloseStore(Message, frozen=True):
@@ -214,7 +222,7 @@ class NeedFrames(Message, frozen=True):
 
 
 class AtLimit(Message, frozen=True):
-    """The guest stands still: it wants a frame and has as many as it may."""
+    """The guest stands still: it wants a frame and has as many as it may (SetRation)."""
 
     vm: str
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """That no guest has more machine memory than it may have at the moment, from one fault to the next.
 
-A guest's worker gives it frames of its own up to its ration (hostd/ration.py) and no more.  Who is refused
+A guest's worker gives it frames up to its ration (hostd/ration.py) and no more.  Who is refused
 one stands still; some of its pages are swapped out at once, whatever else the host is doing, and it goes on.
 
 Where nothing can be swapped out it stands still until the keeper decides again, and tries again then.  One
@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from hostd.leases import Leases
-from hostd.protocol import SetRation
+from hostd.protocol import Most, SetRation
 from hostd.vm import Vm
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,10 @@ STANDS_STILL = ("it stands still: it may have no more memory, none of its pages 
 
 
 class Rationing:
-    """`evict` swaps out so many pages of a guest: the answer is how many it did, None if the guest was not to
-    be had."""
+    """`evict` swaps out so many pages of a guest, and those that it shares, too, if it is told so: the answer
+    is how many it did, None if the guest was not to be had."""
 
-    def __init__(self, leases: Leases, evict: Callable[[Vm, int], Awaitable[int | None]]) -> None:
+    def __init__(self, leases: Leases, evict: Callable[[Vm, int, bool], Awaitable[int | None]]) -> None:
         self._evict = evict
         self._refused: set[Vm] = set()
         self._came = trio.Event()
@@ -43,16 +43,16 @@ class Rationing:
         self._refused.add(vm)
         self._came.set()
 
-    def set(self, vm: Vm, most: int | None, blocked: bool = False) -> None:
-        """The keeper's decision: let the guest have `most` frames that are its own; None: as many as there
-        are.  One that is `blocked` gets no room beyond them."""
+    def set(self, vm: Vm, most: Most) -> None:
+        """The keeper's decision: let the guest have so many frames.  One that is blocked, for want of memory
+        (`most.own`), gets no room beyond them."""
         if most != vm.ration or not vm.strict:
             self._say(vm, "")
         if most != vm.ration or vm.strict:
             self._tell(vm, most)
-        vm.strict = blocked
+        vm.strict = most.own is not None
 
-    def _tell(self, vm: Vm, most: int | None) -> None:
+    def _tell(self, vm: Vm, most: Most) -> None:
         """A guest that was refused a frame tries again when this arrives."""
         vm.ration = most
         if vm.worker is not None:
@@ -83,7 +83,8 @@ class Rationing:
     async def _make_room(self, vm: Vm) -> None:
         lease = vm.lease
         while vm.lease == lease and lease:
-            done = await self._evict(vm, ROOM)
+            # what it shares counts against its limit, but is none of its own frames
+            done = await self._evict(vm, ROOM, vm.ration.own is None)
             if done is None:
                 async with vm.lock:             # until whoever is changing it has done that
                     continue
@@ -99,7 +100,7 @@ class Rationing:
             return
         if driver and not vm.strict:                # it has to run to give something back
             assert vm.block is not None
-            self._tell(vm, vm.block.memory_counts()["private"] + ROOM)
+            self._tell(vm, Most(vm.block.memory_counts()["resident"] + ROOM))
         vm.strict = True
 
     def _say(self, vm: Vm, reason: str) -> None:

@@ -86,14 +86,22 @@ class Reclaimer:
             await self._carry_out(vm, block, "watch", lambda *_: None, pages)
 
     async def swap_out(self, vm: Vm, pages: np.ndarray) -> int:
-        """Put private pages that are watched into the swap file; how many were, and were not used meanwhile.
+        """Put pages that are watched, private or shared, into the swap file; how many were, and were not used
+        meanwhile.
 
         Raises Full, nothing having changed for the guest, when the swap file has no room.
         """
         books, swap = self._memory.books, self._memory.books.stores.swap
         if swap is None:
             return 0
-        done, frames = await self.freeze(vm, pages)
+        done = frames = _NONE
+        async with self._held(vm) as block:
+            def settle_frozen(frozen: np.ndarray, their: np.ndarray) -> None:
+                nonlocal done, frames
+                books.frozen(block, frozen, their)
+                done, frames = books.pin_shared(block, pages)
+
+            await self._carry_out(vm, block, "freeze", settle_frozen, pages)
         try:
             contents = [self._memory.pool.page(frame) for frame in frames.tolist()]
             offsets = await trio.to_thread.run_sync(swap.write, contents)

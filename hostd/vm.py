@@ -17,7 +17,7 @@ from hostd.ledger import Ledger, cpu_times
 from hostd.lifecycle import Backoff, State, Trigger
 from hostd.memory_state import MemoryState
 from hostd.model import PAGE, VmView
-from hostd.protocol import BalloonView
+from hostd.protocol import BalloonView, Most
 from hostd.workers import Worker
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ class Vm:
         #: what the guest's balloon driver said last, in this life
         self.balloon: BalloonView | None = None
         self.memory_state = MemoryState()
-        #: frames of its own that it may have at the moment; None: as many as there are
-        self.ration: int | None = None
+        #: frames that it may have at the moment
+        self.ration = Most()
         #: it gets no room beyond that until the keeper's next decision
         self.strict = False
         #: its MachineState while no worker has it
@@ -135,7 +135,7 @@ class Vm:
     def begin_ration(self) -> None:
         """No worker has had it yet: until the keeper decides, it may have what its limit says."""
         limit = self.definition.limit_bytes
-        self.ration = limit // PAGE if limit < self.definition.memory else None
+        self.ration = Most(limit // PAGE if limit < self.definition.memory else None)
         self.strict = False
 
     def age(self) -> float:

@@ -282,7 +282,7 @@ class WorkerLoop:
     def _on_set_ration(self, message: protocol.SetRation) -> None:
         guest = self._guests.get(message.vm)
         if guest is not None:
-            guest.ration.set(message.frames)
+            guest.ration.set(message.most)
             self._feed(message.vm)
 
     def _on_close_store(self, message: protocol.CloseStore) -> None:

@@ -47,6 +47,8 @@ class Refusing:
             raise OutOfFrames("refused")
         return self._frames.take()
 
+    exchange = take
+
     def __len__(self) -> int:
         return len(self._frames)
 

@@ -19,7 +19,7 @@ TO_WORKER = [
     protocol.Reclaim("web#1", "merge", bytes(8), bytes(8)),
     protocol.DirtyLog("web#1", "collect"),
     protocol.SetBalloon("web#1", 4096),
-    protocol.SetRation("web#1", None),
+    protocol.SetRation("web#1", protocol.Most(5)),
     protocol.CloseStore(3),
     protocol.PowerButton("web#1"),
     protocol.ListTranslations("web#1", None),

@@ -20,7 +20,7 @@ from hostd.errors import Failed
 from hostd.events import Events
 from hostd.lifecycle import Policy
 from hostd.model import MONITORS, PAGE, VmPatch
-from hostd.protocol import BalloonView, Message, SetRation
+from hostd.protocol import BalloonView, Message, Most, SetRation
 from hostd.ration import Ration
 from hostd.rationing import ROOM, STANDS_STILL, Rationing
 from hostd.saved import Life
@@ -32,6 +32,7 @@ from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import FrameAllocator, Magazine
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import Pool
+from vmm.memory.reclaim import freeze
 
 MEMORY, LIMIT, TOUCHED = 8 << 20, 2 << 20, 800
 _LOAD = 0x100000
@@ -64,11 +65,11 @@ def rounds_kernel(pages: int) -> bytes:
 def test_a_ration_is_kept_to_the_frame_and_comes_back_with_what_is_given_back() -> None:
     allocator = FrameAllocator(Pool(4 << 20))
     block = new_block(allocator, 1 << 20)
-    ration = Ration(Magazine(allocator.lend(0, 100)), block.p2m, 10)
+    ration = Ration(Magazine(allocator.lend(0, 100)), block.p2m, Most(10))
     memory = GuestMemory(block.p2m, ration)
     for page in range(10):
         memory.write(page * PAGE, b"x")
-    with pytest.raises(OutOfFrames, match="all of the 10 frames"):
+    with pytest.raises(OutOfFrames, match="as it may"):
         memory.write(10 * PAGE, b"x")
     assert ration.used_up and len(ration) == 0
     memory.write(3 * PAGE, b"what it has it can use")
@@ -79,20 +80,42 @@ def test_a_ration_is_kept_to_the_frame_and_comes_back_with_what_is_given_back() 
     assert not ration.used_up
     with pytest.raises(OutOfFrames):
         memory.write(12 * PAGE, b"x")
-    ration.set(11)
+    ration.set(Most(11))
     memory.write(12 * PAGE, b"x")
-    ration.set(5)
+    ration.set(Most(5))
     with pytest.raises(OutOfFrames):
         memory.write(13 * PAGE, b"x")
-    ration.set(None)
+    ration.set(Most())
     memory.write(13 * PAGE, b"x")
     assert block.memory_counts()["private"] == 12
+
+
+def test_what_is_shared_counts_and_writing_to_it_changes_nothing() -> None:
+    allocator = FrameAllocator(Pool(4 << 20))
+    block = new_block(allocator, 1 << 20)
+    ration = Ration(Magazine(allocator.lend(0, 100)), block.p2m, Most(10))
+    memory = GuestMemory(block.p2m, ration)
+    for page in range(10):
+        memory.write(page * PAGE, b"x")
+    freeze(block.p2m, np.arange(10))                # as a snapshot does it, and sharing
+    ration.recount()
+    with pytest.raises(OutOfFrames, match="as it may"):
+        memory.write(10 * PAGE, b"x")
+    for page in range(6):
+        memory.write(page * PAGE, b"its own now")
+    ration.set(Most(10, own=8))                     # as for one that is blocked
+    for page in range(6, 8):
+        memory.write(page * PAGE, b"its own now")
+    with pytest.raises(OutOfFrames, match="as it may"):
+        memory.write(8 * PAGE, b"x")
+    assert ration.used_up
+    assert (block.memory_counts()["private"], block.memory_counts()["shared"]) == (8, 2)
 
 
 def test_an_empty_stock_is_not_a_ration_used_up() -> None:
     allocator = FrameAllocator(Pool(4 << 20))
     block = new_block(allocator, 1 << 20)
-    ration = Ration(Magazine(allocator.lend(0, 1)), block.p2m, 10)
+    ration = Ration(Magazine(allocator.lend(0, 1)), block.p2m, Most(10))
     memory = GuestMemory(block.p2m, ration)
     memory.write(0, b"x")
     with pytest.raises(OutOfFrames, match="stock"):
@@ -111,9 +134,9 @@ async def host(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
         yield told
 
 
-def private(vm: Vm) -> int:
+def resident(vm: Vm) -> int:
     assert vm.block is not None
-    return int(np.count_nonzero(FrameAllocator.is_private(vm.block.leaf())))
+    return vm.block.memory_counts()["resident"]
 
 
 async def rounds(host: ToldHost, vm: Vm, count: int) -> int:
@@ -124,7 +147,7 @@ async def rounds(host: ToldHost, vm: Vm, count: int) -> int:
 
     def note(vm: Vm) -> None:
         nonlocal most
-        most = max(most, private(vm))
+        most = max(most, resident(vm))
         before(vm)
 
     leases.on_limit = note
@@ -132,7 +155,7 @@ async def rounds(host: ToldHost, vm: Vm, count: int) -> int:
     with trio.fail_after(SOON):
         while vm.console.written < goal:
             await vm.activity.wait()
-            most = max(most, private(vm))
+            most = max(most, resident(vm))
     leases.on_limit = before
     return most
 
@@ -149,8 +172,18 @@ async def test_a_limit_holds_at_every_moment(host: ToldHost, monitor: str) -> No
     assert await rounds(host, other, 4) >= TOUCHED and other.memory_state.swapped_out == 0
     await host.host.update("vm", VmPatch(limit=MEMORY))
     await rounds(host, vm, 200)
-    assert private(vm) > LIMIT // PAGE and (vm.state, other.state) == ("running", "running")
+    assert resident(vm) > LIMIT // PAGE and (vm.state, other.state) == ("running", "running")
     await host.host.pause("vm").outcome()
+
+
+@pytest.mark.parametrize("host", ["64M"], indirect=True)
+async def test_a_clone_that_shares_all_that_its_limit_allows_goes_on(host: ToldHost) -> None:
+    kernel = await host.blob(rounds_kernel(TOUCHED))
+    await host.running("vm", kernel=kernel, memory=MEMORY, limit=LIMIT)
+    await rounds(host, host.host._guests.vms["vm"], 2)
+    await host.clone("vm", "clone")
+    for name in "vm", "clone":
+        assert 0 < await rounds(host, host.host._guests.vms[name], 4) <= LIMIT // PAGE
 
 
 @pytest.mark.parametrize("host", ["0", "64M"], indirect=True)
@@ -166,10 +199,10 @@ async def test_without_swap_and_without_a_driver_a_guest_stands_still_at_its_lim
     with trio.fail_after(SOON):
         while vm.reason != STANDS_STILL:
             await vm.activity.wait()
-    assert private(vm) <= LIMIT // PAGE and not vm.console.written
+    assert resident(vm) <= LIMIT // PAGE and not vm.console.written
     await host.host.update("vm", VmPatch(limit=MEMORY))
     await rounds(host, vm, 2)
-    assert vm.reason == "" and private(vm) >= TOUCHED
+    assert vm.reason == "" and resident(vm) >= TOUCHED
 
 
 # --- the daemon's side of it --------------------------------------------------------------------------------
@@ -184,7 +217,7 @@ def one_page_vm() -> Vm:
 async def test_a_guest_that_lives_on_from_another_daemon_has_its_limit_at_once() -> None:
     before, after = one_page_vm(), one_page_vm()
     Life.of(before, paused=False).give_to(after)
-    assert after.ration == 1
+    assert after.ration == Most(1)
 
 
 async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blocked() -> None:
@@ -196,7 +229,7 @@ async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blo
     vm.worker = SimpleNamespace(send=told.append)       # type: ignore[assignment]
     leases: Any = SimpleNamespace()
 
-    async def nothing(vm: Vm, count: int) -> int:
+    async def nothing(vm: Vm, count: int, shared: bool) -> int:
         return 0
 
     async def refused() -> list[Message]:
@@ -212,10 +245,10 @@ async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blo
         assert await refused() == [] and vm.reason == STANDS_STILL
         vm.balloon = BalloonView(vm.lease, True, 0, {}, 0)
         assert await refused() == [], "it had its turn"
-        rationing.set(vm, 1)
-        assert told == [SetRation(vm.lease, 1)], "it tries again"
-        assert await refused() == [SetRation(vm.lease, ROOM)] and vm.reason == ""
+        rationing.set(vm, Most(1))
+        assert told == [SetRation(vm.lease, Most(1))], "it tries again"
+        assert await refused() == [SetRation(vm.lease, Most(ROOM))] and vm.reason == ""
         assert await refused() == []
-        rationing.set(vm, 1, blocked=True)
+        rationing.set(vm, Most(1, own=0))
         assert await refused() == []
         nursery.cancel_scope.cancel()

@@ -149,9 +149,8 @@ class Host(RuleBasedStateMachine):
     def swap_out(self, number: int, pages: np.ndarray, used: np.ndarray) -> None:
         life = self.life(number)
         self.report(life)
-        done, frames = carry_out("freeze", life.block.p2m, pages, NONE, NONE)
-        self.books.frozen(life.block, done, frames)
-        self.books.pin(frames)
+        self.books.frozen(life.block, *carry_out("freeze", life.block.p2m, pages, NONE, NONE))
+        done, frames = self.books.pin_shared(life.block, pages)
         carry_out("watch", life.block.p2m, done, NONE, NONE)
         pool = life.block.pool
         slots = np.array(self.swap.write([pool.page(frame) for frame in frames.tolist()]), dtype=np.int64)

@@ -29,9 +29,12 @@ _PRIVATE, _SHARED = np.uint64(Kind.PRIVATE << KIND_SHIFT), np.uint64(Kind.SHARED
 
 
 class FrameSource(Protocol):
-    """Where a P2M gets its frames: zeroed, one at a time.  `take` raises OutOfFrames."""
+    """Where a P2M gets its frames: zeroed, one at a time; `take` for a page that has none, `exchange` for one
+    that shares its frame and is to have one of its own.  Both raise OutOfFrames."""
 
     def take(self) -> int: ...
+
+    def exchange(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -62,6 +65,8 @@ class Magazine:
         self._next += 1
         self._stock -= 1
         return frame
+
+    exchange = take
 
     def rest(self) -> np.ndarray:
         """All that are left, which are not in stock any more."""
@@ -355,6 +360,8 @@ class LocalFrames:
             for first, count in self._allocator.lend(0, chunk):
                 self._magazine.add(first, count)
         return self._magazine.take()
+
+    exchange = take
 
     def __len__(self) -> int:
         return len(self._magazine) + min(self._left, self._allocator.free_frames())

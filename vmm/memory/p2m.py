@@ -170,7 +170,7 @@ class P2M:
         self.leaf[page] = frame << PAGE_SHIFT | right | (LOGGED if self.logging else 0)
 
     def _break_share(self, page: int, entry: int, frames: FrameSource) -> None:
-        fresh = frames.take()
+        fresh = frames.exchange()
         old = (entry & FRAME_MASK) >> PAGE_SHIFT
         view = self.pool.view
         view[fresh << PAGE_SHIFT:(fresh + 1) << PAGE_SHIFT] = view[old << PAGE_SHIFT:(old + 1) << PAGE_SHIFT]
