@@ -11,6 +11,7 @@ from hostd.errors import Conflict, Invalid, NotFound, TimedOut
 from hostd.events import Events
 from hostd.lifecycle import AT_REST, Policy, State
 from hostd.model import VmView
+from hostd.searching import is_in
 from hostd.vm import Vm
 
 #: a match may begin this many bytes before what is new on the console
@@ -54,12 +55,13 @@ def parse_state(name: str) -> State:
 
 
 async def for_console(vm: Vm, pattern: re.Pattern[bytes]) -> None:
-    """Until the console, since the present boot, matches.  Raises Conflict if the guest ends before that."""
+    """Until the console, since the present boot, matches.  Raises Conflict if the guest ends before that,
+    Invalid if it takes too long to see whether it does."""
     seen = vm.console.boot
     running = vm.state not in AT_REST
     while True:
         seen = max(seen, vm.console.boot)
-        if pattern.search(vm.console.scrollback(max(vm.console.boot, seen - OVERLAP))):
+        if is_in(pattern, vm.console.scrollback(max(vm.console.boot, seen - OVERLAP))):
             return
         seen = vm.console.written
         _check_exists(vm)

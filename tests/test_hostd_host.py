@@ -330,6 +330,13 @@ async def test_waits_that_make_no_sense(told: ToldHost, wanted: dict[str, str], 
         await told.host.wait("web", **wanted)
 
 
+async def test_a_wait_that_would_keep_the_daemon_from_its_work(told: ToldHost) -> None:
+    await told.running("web")
+    await told.tell("web", "a" * 60)
+    with pytest.raises(Invalid, match="takes too long to match"):
+        await told.host.wait("web", console="(a+)+b")
+
+
 # --- the end of the host ---------------------------------------------------------------------------------
 
 
