@@ -189,6 +189,11 @@ class Books:
         """How many owners each of these shared frames has, pins included."""
         return self._allocator.shares(frames)
 
+    def sole(self, block: VmBlock) -> np.ndarray:
+        """The pages of a guest whose shared frames have no other owner any more, nor a pin."""
+        frames = self._charges[block.first].frames
+        return np.flatnonzero((frames != 0) & (self.shares(frames) == 1))
+
     def merged(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray, freed: np.ndarray) -> None:
         """Pages share `frames` now; they had been pinned once for each page, and the pin is used up."""
         charge = self._charges[block.first]

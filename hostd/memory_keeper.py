@@ -180,22 +180,24 @@ class MemoryKeeper:
                           definition.shares)
         balloon = vm.balloon
         statistics: dict[str, int] = balloon.statistics if balloon is not None else {}
+        part, sole = self._shared(vm.block)
         watch = self._watches[vm.name]
         watch.working_set.progress(watch.touched(vm.block), len(watch.sample))
         if watch.sampled:
             state.working_set = watch.working_set.estimate
         return VmMemory(
             name=vm.name, memory=counts["assigned"], reservation=settings.reservation, limit=settings.limit,
-            shares=settings.shares, resident=counts["private"] + self._part(vm.block),
-            private=counts["private"], shared=counts["shared"], ballooned=counts["ballooned"],
+            shares=settings.shares, resident=counts["private"] + part, private=counts["private"],
+            shared=counts["shared"], sole=sole, ballooned=counts["ballooned"],
             swapped=counts["stored"], working_set=watch.working_set.estimate,
             balloon_able=balloon is not None and balloon.driver and vm.worker is not None,
             guest_free=_pages(statistics.get("available", statistics.get("free")), counts["assigned"]))
 
-    def _part(self, block: VmBlock) -> int:
-        """The guest's part of the frames it shares."""
+    def _shared(self, block: VmBlock) -> tuple[int, int]:
+        """The guest's part of the frames it shares, and how many of them nobody else has."""
         _, shared = FrameAllocator.split(block.leaf())
-        return int((1 / np.maximum(self._memory.books.shares(shared), 1)).sum())
+        owners = self._memory.books.shares(shared)
+        return int((1 / np.maximum(owners, 1)).sum()), int(np.count_nonzero(owners == 1))
 
     # --- carrying out
 
@@ -227,8 +229,9 @@ class MemoryKeeper:
         state.looked = False
 
     async def _evict(self, vm: Vm, count: int, shared: bool = False) -> int | None:
-        """Swap out the `count` coldest pages: private ones, or `shared` ones, too.  What was used since the
-        last time it was looked at is watched anew, and so spared this time, unless nothing else is left.
+        """Swap out the `count` coldest pages: those with frames of their own, or all that are `shared`, too.
+        What was used since the last time it was looked at is watched anew, and so spared this time, unless
+        nothing else is left.
 
         The answer is how many were; None if the guest was not to be had.
         """
@@ -239,7 +242,7 @@ class MemoryKeeper:
         try:
             cold = self._look(vm, watch, shared)
             if len(cold) < count:
-                cold = np.flatnonzero(_framed(vm.block.leaf(), shared))
+                cold = self._framed(vm.block, shared)
                 await self._reclaimer.watch(vm, cold)
             for start in range(0, min(count, len(cold)), BATCH):
                 chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
@@ -252,12 +255,23 @@ class MemoryKeeper:
         return done
 
     def _look(self, vm: Vm, watch: _Watch, shared: bool) -> np.ndarray:
-        """The private pages, or `shared` ones, too, that were not used since they are watched."""
+        """Those of `_framed` that were not used since they are watched."""
         assert vm.block is not None
-        leaf = vm.block.leaf()
-        used = (leaf & np.uint64(PRESENT)) != 0
+        used = (vm.block.leaf() & np.uint64(PRESENT)) != 0
         watch.history = aged(watch.history, used)
-        return np.flatnonzero(_framed(leaf, shared) & ~used)
+        framed = self._framed(vm.block, shared)
+        return framed[~used[framed]]
+
+    def _framed(self, block: VmBlock, shared: bool) -> np.ndarray:
+        """The pages that free a frame when they are swapped out: private ones, and those that are shared with
+        nobody any more.  Or all that are `shared`, too."""
+        leaf = block.leaf()
+        framed = FrameAllocator.is_private(leaf)
+        if shared:
+            framed |= FrameAllocator.is_shared(leaf)
+        else:
+            framed[self._memory.books.sole(block)] = True
+        return np.flatnonzero(framed)
 
     # --- working sets
 
@@ -280,12 +294,6 @@ class MemoryKeeper:
 
 
 _KEPT = frozenset({State.RUNNING, State.PAUSED})
-
-
-def _framed(leaf: np.ndarray, shared: bool) -> np.ndarray:
-    """Which pages have a frame for themselves, or a `shared` one, too."""
-    private = FrameAllocator.is_private(leaf)
-    return private | FrameAllocator.is_shared(leaf) if shared else private
 
 
 def _pages(statistic: int | None, most: int) -> int | None:

@@ -11,14 +11,48 @@ from hostd.memory_keeper import STATISTICS_S, MemoryKeeper
 from hostd.memory_state import HostMemoryState
 from hostd.protocol import Message, SetBalloon
 from hostd.reclaiming import Reclaimer
+from hostd.vm import Vm
 from tests.told_host import MEMORY, ToldHost
 from vmm.memory.p2mbits import PRESENT
+from vmm.memory.physical import GuestMemory
+from vmm.memory.pool import PAGE
+
+#: guest-physical pages in which the kernel is not
+PAGES = np.arange(100)
 
 
 def keeper_of(told: ToldHost) -> MemoryKeeper:
     host = told.host
     return MemoryKeeper(host._guests, host._memory, Reclaimer(host._guests, host._memory), host.events,
                         HostMemoryState(), lambda urgent: None)
+
+
+async def paused(told: ToldHost, name: str) -> Vm:
+    """A guest that has written to PAGES, and that no worker has any more."""
+    await told.running(name)
+    await told.host.pause(name).outcome()
+    vm = told.host._guests.vms[name]
+    assert vm.block is not None
+    memory = GuestMemory(vm.block.p2m, told.host._memory.books.frames_for_loading(len(PAGES)))
+    for page in PAGES.tolist():
+        memory.write(page * PAGE, bytes([page]) * PAGE)
+    return vm
+
+
+async def test_what_is_shared_with_nobody_any_more_can_be_swapped(told: ToldHost) -> None:
+    vm, books = await paused(told, "web"), told.host._memory.books
+    assert vm.block is not None
+    keeper = keeper_of(told)
+    copy = books.clone(vm.block)
+    vm.definition = msgspec.structs.replace(vm.definition, limit=len(PAGES) * PAGE // 2)
+    for _ in range(3):
+        await keeper.decide()
+    assert vm.memory_state.swapped_out == 0, "it would free nothing"
+    books.free(copy)                                    # a snapshot that is done, a clone that has gone
+    for _ in range(3):
+        await keeper.decide()
+    assert vm.memory_state.swapped_out >= len(PAGES) // 2
+    assert all(vm.block.p2m.contents(page) == bytes([page]) * PAGE for page in PAGES.tolist())
 
 
 async def test_while_there_is_plenty_guests_are_woken_for_those_who_look(

@@ -55,6 +55,14 @@ def test_what_a_balloon_cannot_take_trickles_out_by_swap(changes: dict) -> None:
     assert (plan.vms["a"].balloon, plan.vms["a"].evict) == (0, 40)
 
 
+@pytest.mark.parametrize(("free", "evict"), [(399, 40), (150, 250), (50, 313)])
+def test_what_was_shared_and_is_so_with_nobody_any_more_is_swapped(free: int, evict: int) -> None:
+    plan = decide(free, vm("a", private=0, shared=3200, sole=3200, balloon_able=False, guest_free=None))
+    assert plan.vms["a"].evict == evict
+    plan = decide(free, vm("a", private=0, shared=3200, balloon_able=False, guest_free=None))
+    assert plan.vms["a"].evict == 0
+
+
 @pytest.mark.parametrize("free", [399, 150, 50])
 def test_what_is_reserved_is_left_alone(free: int) -> None:
     vms = decide(free, vm("a", reservation=3200), vm("b", resident=3000, reservation=3100, ballooned=100)).vms
@@ -209,9 +217,11 @@ def hosts(draw: st.DrawFn) -> tuple[HostMemory, list[VmMemory]]:
         private = draw(st.integers(0, memory - ballooned - swapped))
         shared = draw(st.integers(0, memory - ballooned - swapped - private))
         limit = draw(st.integers(1, memory))
+        sole = draw(st.integers(0, shared))
         vms.append(VmMemory(
             f"vm{i}", memory, draw(st.integers(0, limit)), limit, draw(st.integers(1, 10_000)),
-            resident=private + shared // draw(st.integers(1, 50)), private=private, shared=shared,
+            resident=private + sole + (shared - sole) // draw(st.integers(2, 50)), private=private,
+            shared=shared, sole=sole,
             ballooned=ballooned, swapped=swapped, working_set=draw(st.floats(0, 1)),
             balloon_able=draw(st.booleans()),
             guest_free=draw(st.none() | st.integers(0, memory - ballooned))))
@@ -236,7 +246,7 @@ def test_every_decision_keeps_the_promises(setting: tuple[HostMemory, list[VmMem
         what = plan.vms[one.name]
         inflated = max(0, what.balloon - one.ballooned)
         assert 0 <= what.target <= one.limit
-        assert 0 <= what.evict <= one.private
+        assert 0 <= what.evict <= one.private + one.sole
         assert 0 <= what.balloon <= max(0, one.memory - one.reservation)
         # what it has after all this is not below what is its own, nor below its target
         left = one.resident - what.evict - max(0, inflated - one.unbacked)

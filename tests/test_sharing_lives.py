@@ -203,6 +203,25 @@ def test_the_last_of_the_clones_keeps_its_frames(host: SharingHost) -> None:
     assert host.books.counts().shared == len(host.scanner.table) == 1
 
 
+def test_while_memory_is_short_nothing_is_kept_that_one_guest_alone_has(host: SharingHost) -> None:
+    guests = [host.guest() for _ in range(2)]
+    for guest in guests:
+        for page in range(25):
+            guest.fill(page, b"page %d" % page)
+    host.scan()
+    host.sharing.urgent = True
+    host.scan()
+    assert len(host.scanner.table) == 25
+    guests[1].end()
+    host.scan()
+    assert len(host.scanner.table) == 0
+    assert len(host.books.sole(guests[0].memory)) == 25, "they can be swapped out"
+    later = host.guest()
+    later.fill(3, b"page 3")
+    host.scan(6)
+    assert later.frame(3) == guests[0].frame(3), "an equal is found all the same"
+
+
 def test_clones_that_end_before_their_frames_are_pinned(host: SharingHost) -> None:
     template = host.guest()
     template.fill(1, b"shared")

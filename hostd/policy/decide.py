@@ -148,9 +148,9 @@ class Policy:
         """How many pages each VM swaps out now: `missing` are those that make the state soft again, `helped`
         how many frames each VM's balloon can get."""
         if self.state >= State.HARD:
-            wanted = [min(over, vm.private) for vm, over in zip(vms, excess)]
+            wanted = [min(over, vm.swappable) for vm, over in zip(vms, excess)]
             return _within(min(missing, ceil(self.tuning.torrent * pool)), wanted)
-        wanted = [min(max(0, over - inside), vm.private) for vm, over, inside in zip(vms, excess, helped)]
+        wanted = [min(max(0, over - inside), vm.swappable) for vm, over, inside in zip(vms, excess, helped)]
         return _within(ceil(self.tuning.trickle * pool), wanted)
 
 

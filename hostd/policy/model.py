@@ -60,8 +60,10 @@ class VmMemory:
     #: machine frames it is charged with: `private`, and its part of those it shares
     resident: int
     private: int
-    #: guest-physical pages that are shared with others
+    #: guest-physical pages that share their frames, which nobody writes
     shared: int = 0
+    #: those of them that share with nobody, or nobody any more
+    sole: int = 0
     #: given back by its balloon driver, and not taken again
     ballooned: int = 0
     swapped: int = 0
@@ -77,6 +79,11 @@ class VmMemory:
     def active(self) -> int:
         """Pages it actively uses: they cost it one share price each, all others a multiple."""
         return round(self.working_set * self.memory)
+
+    @property
+    def swappable(self) -> int:
+        """Pages that free a frame each when they are swapped out."""
+        return self.private + self.sole
 
     @property
     def unbacked(self) -> int:

@@ -45,8 +45,8 @@ class Table:
         """Every frame in it."""
         return np.fromiter(self._frames.values(), dtype=np.int64, count=len(self._frames))
 
-    def sweep(self, shares: Callable[[np.ndarray], np.ndarray], most: int) -> np.ndarray:
-        """Drop entries of which only the pin is left, and say which frames they were.
+    def sweep(self, shares: Callable[[np.ndarray], np.ndarray], most: int, least: int = 1) -> np.ndarray:
+        """Drop entries of frames that fewer than `least` pages have, and say which they were.
 
         It looks at the next `most` of them; `shares` tells how many owners frames have, the pin included.
         """
@@ -54,7 +54,7 @@ class Table:
         if not looked:
             return np.empty(0, dtype=np.int64)
         frames = np.array([frame for _, frame in looked], dtype=np.int64)
-        wanted = shares(frames) > 1
+        wanted = shares(frames) > least
         for entry, keep in zip(looked, wanted.tolist(), strict=True):
             if keep:
                 self._order.append(entry)

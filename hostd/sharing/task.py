@@ -28,7 +28,7 @@ _GROWTH = 128
 _WORTH = 64
 #: pages of one guest that are asked for at once
 BATCH = 512
-#: entries of the table looked at in one period for frames that nobody has
+#: entries of the table looked at in one period for frames that nobody has, or nobody shares
 _SWEEP = 4096
 
 
@@ -169,7 +169,10 @@ class Sharing(Generic[V]):
             self._pace = 1.0 if self._pass.worth else max(self._pace * _SLOWER, SLOWEST)
             self._pass = _Pass()
         await self._act(vms, found)
-        self._unpin(self._scanner.table.sweep(self._pins.shares, _SWEEP))
+        # while memory is short, what a single page has is not kept for equals to come: it can be swapped out,
+        # which frees nothing as long as the table has the frame, too
+        least = 2 if self._urgent else 1
+        self._unpin(self._scanner.table.sweep(self._pins.shares, _SWEEP, least))
         return found.scanned
 
     def _budget(self, seconds: float) -> int:
