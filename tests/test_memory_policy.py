@@ -97,6 +97,15 @@ def test_frames_that_are_asked_for_count_as_gone() -> None:
     assert decide(450, vm("a"), demanded=5000).state is State.LOW
 
 
+def test_room_is_made_for_a_guest_about_to_start() -> None:
+    """It asks for more than the part of the pool that is kept free."""
+    plan = decide(1150, vm("a", memory=4350, resident=4350), vm("b", memory=4350, resident=4350),
+                  demanded=1250)
+    assert plan.state is State.LOW
+    assert sum(one.target for one in plan.vms.values()) <= POOL - 600 - 1250
+    assert all(one.evict and one.balloon for one in plan.vms.values())
+
+
 def test_a_host_without_guests_is_at_peace() -> None:
     plan = decide(POOL)
     assert (plan.state, plan.share, dict(plan.vms)) == (State.HIGH, False, {})
@@ -265,6 +274,19 @@ def test_every_decision_keeps_the_promises(setting: tuple[HostMemory, list[VmMem
             assert one.ballooned - what.balloon <= step
             given_back += one.ballooned - what.balloon
     assert given_back <= max(0, host.free - host.demanded - 0.04 * host.pool) + len(vms)
+
+
+@settings(deadline=None, max_examples=300)
+@given(hosts(), st.integers(0, 10_000))
+def test_who_has_no_frame_gets_one_if_anybody_has_one_to_spare(setting: tuple[HostMemory, list[VmMemory]],
+                                                               demanded: int) -> None:
+    host, vms = setting
+    vms = [replace(one, resident=one.private, shared=0, sole=0) for one in vms]
+    host = replace(host, free=host.pool - host.overhead - sum(one.resident for one in vms), demanded=demanded)
+    plan = Policy(TUNING).decide(host, vms)
+    if host.free - demanded < 0.02 * host.pool:
+        assert any(plan.vms[one.name].evict for one in vms) or all(
+            one.resident <= one.reservation for one in vms)
 
 
 @settings(deadline=None, max_examples=200)

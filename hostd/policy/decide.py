@@ -67,7 +67,9 @@ class Policy:
         available = host.free - host.demanded
         self.state = next_state(self.state, available, thresholds)
 
-        capacity = min(host.pool - host.overhead, sum(vm.resident for vm in vms) + host.free) - thresholds[0]
+        # what is asked for is theirs who ask: the guests there are have that much less between them
+        capacity = min(host.pool - host.overhead, sum(vm.resident for vm in vms) + host.free)
+        capacity -= thresholds[0] + host.demanded
         claims = [_claim(vm) for vm in vms]
         targets = entitlements(claims, capacity, self.tuning.tax)
         contended = sum(claim.high for claim in claims) > capacity
