@@ -14,8 +14,8 @@ A page that was offered and is private again was written meanwhile: from then on
 passes, whatever else speaks for it.  Frames that clones share are looked at once, so that others may join.
 
 `Table` knows the shared frames by their contents, and holds a pin on each, so that none is used for something
-else; a frame that nobody but the table has is given up.  `Sharing` is the task in the daemon: it sets the
-pace.
+else; a frame that nobody but the table has is given up, and while memory is short one that a single page has,
+too.  `Sharing` is the task in the daemon: it sets the pace.
 """
 
 from hostd.sharing.hashing import PageHash
