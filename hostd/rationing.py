@@ -6,7 +6,8 @@ one stands still; some of its pages are swapped out at once, whatever else the h
 
 Where nothing can be swapped out it stands still until the keeper decides again, and tries again then.  One
 with a balloon driver gets a little room once a decision, to give something back; any other gets none, for
-there would be no end to that.
+there would be no end to that.  There is one to a migration, in the middle of which no page is swapped out: a
+guest goes beyond its limit until it is over.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 #: pages by which a guest at its limit is made to fit
 ROOM = 128
+#: seconds after which a guest that is being changed is looked at again: it may be migrating by then
+PATIENCE_S = 1.0
 #: what is said of a guest that cannot be made to
 STANDS_STILL = ("it stands still: it may have no more memory, none of its pages can be swapped out, and it "
                 "has no balloon driver to give some back; a higher limit, or swap, lets it go on")
@@ -85,12 +88,18 @@ class Rationing:
         while vm.lease == lease and lease:
             # what it shares counts against its limit, but is none of its own frames
             done = await self._evict(vm, ROOM, vm.ration.own is None)
-            if done is None:
-                async with vm.lock:             # until whoever is changing it has done that
-                    continue
-            if vm.lease == lease:
+            if vm.lease != lease:
+                return
+            if done is not None:
                 self._made(vm, done)
-            return
+                return
+            if vm.away:
+                if vm.ration.own is None:
+                    self._give_room(vm)
+                return
+            with trio.move_on_after(PATIENCE_S):
+                async with vm.lock:             # until whoever is changing it has done that
+                    pass
 
     def _made(self, vm: Vm, room: int) -> None:
         """So many pages of a guest that was refused a frame were swapped out."""
@@ -99,9 +108,12 @@ class Rationing:
         if room:
             return
         if driver and not vm.strict:                # it has to run to give something back
-            assert vm.block is not None
-            self._tell(vm, Most(vm.block.memory_counts()["resident"] + ROOM))
+            self._give_room(vm)
         vm.strict = True
+
+    def _give_room(self, vm: Vm) -> None:
+        assert vm.block is not None
+        self._tell(vm, Most(vm.block.memory_counts()["resident"] + ROOM))
 
     def _say(self, vm: Vm, reason: str) -> None:
         """What a user should know of the guest, if it is news."""

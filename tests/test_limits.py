@@ -220,35 +220,62 @@ async def test_a_guest_that_lives_on_from_another_daemon_has_its_limit_at_once()
     assert after.ration == Most(1)
 
 
-async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blocked() -> None:
-    books = Books(Pool(4 << 20))
-    vm = one_page_vm()
-    vm.begin_life()
-    vm.block, vm.lease = books.new(1 << 20), "vm#1"
-    told: list[Message] = []
-    vm.worker = SimpleNamespace(send=told.append)       # type: ignore[assignment]
-    leases: Any = SimpleNamespace()
+class Refusals:
+    """A guest that is refused frames, and a daemon that swaps out `room` pages of it then; None: it is not to
+    be had."""
 
-    async def nothing(vm: Vm, count: int, shared: bool) -> int:
-        return 0
+    def __init__(self, room: int | None) -> None:
+        self.vm = one_page_vm()
+        self.vm.begin_life()
+        self.vm.block, self.vm.lease = Books(Pool(4 << 20)).new(1 << 20), "vm#1"
+        #: what its worker is told
+        self.told: list[Message] = []
+        self.vm.worker = SimpleNamespace(send=self.told.append)     # type: ignore[assignment]
+        self._leases: Any = SimpleNamespace()
 
-    async def refused() -> list[Message]:
+        async def evict(vm: Vm, count: int, shared: bool) -> int | None:
+            return room
+
+        self.rationing = Rationing(self._leases, evict)
+
+    async def refused(self) -> list[Message]:
         """What its worker is told when the guest was refused a frame."""
-        told.clear()
-        leases.on_limit(vm)
+        self.told.clear()
+        self._leases.on_limit(self.vm)
         await trio.testing.wait_all_tasks_blocked()
-        return told
+        return self.told
 
-    rationing = Rationing(leases, nothing)
+
+async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blocked() -> None:
+    guest = Refusals(room=0)
+    vm, refused, rationing = guest.vm, guest.refused, guest.rationing
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rationing.run)
         assert await refused() == [] and vm.reason == STANDS_STILL
         vm.balloon = BalloonView(vm.lease, True, 0, {}, 0)
         assert await refused() == [], "it had its turn"
         rationing.set(vm, Most(1))
-        assert told == [SetRation(vm.lease, Most(1))], "it tries again"
+        assert guest.told == [SetRation(vm.lease, Most(1))], "it tries again"
         assert await refused() == [SetRation(vm.lease, Most(ROOM))] and vm.reason == ""
         assert await refused() == []
         rationing.set(vm, Most(1, own=0))
         assert await refused() == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_guest_that_is_being_migrated_does_not_stand_still_at_its_limit(
+        autojump_clock: trio.testing.MockClock) -> None:
+    guest = Refusals(room=None)
+    vm = guest.vm
+    async with trio.open_nursery() as nursery, vm.lock:     # as whoever changes it holds it
+        nursery.start_soon(guest.rationing.run)
+        assert await guest.refused() == [], "a change is soon over"
+        vm.away = "it is being migrated"
+        await trio.sleep(2)
+        assert guest.told == [SetRation(vm.lease, Most(ROOM))]
+        assert await guest.refused() == [SetRation(vm.lease, Most(ROOM))], "as often as it needs some"
+        guest.rationing.set(vm, Most(1, own=0))
+        assert await guest.refused() == [], "it is blocked"
+        guest.rationing.set(vm, Most(1))
+        assert await guest.refused() == [SetRation(vm.lease, Most(ROOM))]
         nursery.cancel_scope.cancel()
