@@ -114,7 +114,8 @@ class DirtyLog(Message, frozen=True):
 
 
 class SetBalloon(Message, frozen=True):
-    """Ask the guest to give back so many pages in all; and, which wakes it, how its memory is doing."""
+    """Ask the guest to give back so many pages in all; and, which wakes it, how its memory is doing.  Answer:
+    BalloonView, at once by what it said before, and again when it has said how its memory is doing."""
 
     vm: str
     pages: int
@@ -262,7 +263,8 @@ class Wanted(Message, frozen=True):
 
 class BalloonView(Message, frozen=True):
     """How the memory of this guest is doing, as its driver says: pages it has given back, and its statistics
-    by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one."""
+    by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one.  Said when it is asked
+    for, and when the driver has given statistics."""
 
     vm: str
     driver: bool

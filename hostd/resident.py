@@ -49,6 +49,8 @@ class Resident:
         #: pages at another host that it waits for, and those of them that were not told yet
         self._awaited: set[int] = set()
         self._wanted: list[int] = []
+        #: guest time of the statistics that were told last
+        self._heard_ns = self.machine.balloon.received_ns
 
     def run(self, deadline_ns: int) -> Stop:
         """Run until CLOCK_MONOTONIC `deadline_ns` at the latest.
@@ -97,15 +99,28 @@ class Resident:
         return Dirty(self.lease, pages.tobytes())
 
     def set_balloon(self, pages: int, statistics: bool) -> BalloonView:
-        """Ask the guest for `pages` in all, and for its `statistics`; the answer is what it said before."""
+        """Ask the guest for `pages` in all, and for its `statistics`, which come by `take_balloon`; the
+        answer is what it said before."""
         balloon = self.machine.balloon
         if balloon.target_pages != pages:
             balloon.target_pages = pages
-        view = BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics),
-                           balloon.counters["inflated"], balloon.counters["reported"])
+        view = self._balloon_view()
         if statistics:
             balloon.request_statistics()
         return view
+
+    def take_balloon(self) -> BalloonView | None:
+        """What its balloon driver says, if it gave statistics since the last call."""
+        received_ns = self.machine.balloon.received_ns
+        if received_ns == self._heard_ns:
+            return None
+        self._heard_ns = received_ns
+        return self._balloon_view()
+
+    def _balloon_view(self) -> BalloonView:
+        balloon = self.machine.balloon
+        return BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics),
+                           balloon.counters["inflated"], balloon.counters["reported"])
 
     def take_report(self) -> Reported | None:
         """What its pages have let go of since the last call, if anything."""

@@ -151,9 +151,9 @@ class WorkerLoop:
         if guest.lease in self._guests:
             guest.account(self._queue.usage(guest.lease, ended))
             self._report(guest)
-            wanted = guest.take_wanted()
-            if wanted is not None:
-                self._send(wanted)
+            for message in guest.take_wanted(), guest.take_balloon():
+                if message is not None:
+                    self._send(message)
         self._keep_stock()
         self._flush()
 

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What balloon drivers do and say, as the daemon comes to know it from real workers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from hostd.model import MONITORS
+from hostd.protocol import BalloonView, SetBalloon
+from hostd.vm import Vm
+from tests.kernels import elf32, multiboot_header
+from tests.test_monitor_paging import store, word
+from tests.test_virtio_machine import AVAILABLE, QUEUE, RESULTS, USED, start
+from tests.told_host import SOON, ToldHost, real_host
+from vmm.devices.virtio.balloon import REPORTING, STATS_VQ
+from vmm.devices.virtio.bank import BALLOON
+from vmm.devices.virtio.mmio import Register
+
+_CODE, _ENTRY = 0x10_0000, 0x20
+_NOTIFY = BALLOON.base + Register.QUEUE_NOTIFY
+
+
+@pytest.fixture
+async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
+    async with real_host(tmp_path, "[sharing]\nenabled = false\n") as told:
+        yield told
+
+
+def talkative_kernel() -> bytes:
+    """Multiboot.  Whenever it is asked how its memory is doing, a byte more of it is free."""
+    code = start(BALLOON, 2).replace(word(REPORTING), word(STATS_VQ))
+    code += store(QUEUE, RESULTS) + store(QUEUE + 4, 0) + store(QUEUE + 8, 10) + store(QUEUE + 12, 0)
+    code += store(RESULTS, 4) + b"\x31\xed"                             # the tag of "free"; xor ebp, ebp
+    say = (b"\x45\x89\x2d" + word(RESULTS + 2)                         # say:  inc ebp; mov [RESULTS + 2], ebp
+           + b"\x89\xe8\xc1\xe0\x10"                                  #       mov eax, ebp; shl eax, 16
+           + b"\xa3" + word(AVAILABLE) + store(_NOTIFY, 2)              #       mov [AVAILABLE], eax
+           + b"\x66\x39\x2d" + word(USED + 2) + b"\x75\xf7")           # wait: cmp [USED + 2], bp; jne wait
+    code += say + b"\xeb" + bytes([-len(say) - 2 & 0xFF])               #       jmp say
+    text = multiboot_header().ljust(_ENTRY, b"\0") + code
+    return elf32(_CODE + _ENTRY, [(_CODE, text, len(text))])
+
+
+async def hears(vm: Vm, true: Callable[[BalloonView], bool]) -> None:
+    """Wait until what is known of the guest's balloon is so."""
+    with trio.fail_after(SOON):
+        while vm.balloon is None or not true(vm.balloon):
+            await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+async def test_what_a_guest_is_asked_is_known_when_it_has_said_it(host: ToldHost, monitor: str) -> None:
+    """And not only when it is asked the next time."""
+    await host.running("vm", kernel=await host.blob(talkative_kernel()), vmm=monitor)
+    vm = host.host._guests.vms["vm"]
+    await hears(vm, lambda said: said.driver and said.statistics == {"free": 1})
+    assert vm.worker is not None
+    vm.worker.send(SetBalloon(vm.lease, 0, statistics=True))
+    await hears(vm, lambda said: said.statistics == {"free": 2})
