@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtio_rig import BUFFERS, PAGE, READY, Bench, balloon_bench, rng_bench
+from tests.virtio_rig import BUFFERS, PAGE, READY, ROUNDS, Bench, balloon_bench, rng_bench
 from vmm.devices.virtio.mmio import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, USED_BUFFER, Register
 from vmm.memory.errors import OutOfFrames
 
@@ -76,10 +76,10 @@ def do(bench: Bench, step: tuple[Any, ...]) -> Any:
     else:
         bench.ram.accesses = 0
         try:
-            bench.device.serve()
+            bench.serve_once()
         except OutOfFrames:
             return "again"
-        assert bench.ram.accesses <= queues * 8 * 20
+        assert bench.ram.accesses <= queues * ROUNDS * 20
     return bench.level, bench.device.notified, bench.timers.next
 
 

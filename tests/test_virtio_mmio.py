@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import msgspec
 import pytest
 
 from tests.devices_rig import Rig
-from tests.virtio_rig import BUFFERS, READY, Bench, balloon_bench, rng_bench
+from tests.virtio_rig import BUFFERS, READY, ROUNDS, Bench, balloon_bench, rng_bench
 from vmm.devices.virtio import bank
 from vmm.devices.virtio.mmio import (
     ACKNOWLEDGE,
@@ -231,12 +233,12 @@ def test_a_pass_is_bounded(bench: Bench) -> None:
     driver = bench.driver
     driver.start()
     bench.serve()
-    for _ in range(8):
+    for _ in range(ROUNDS):
         driver.send(0, [(BUFFERS, 16, True)])
     bench.ram.accesses = 0
     assert bench.serve() == 2               # the second finds nothing left
-    assert bench.ram.accesses <= 8 * 8
-    assert len(driver.used(0)) == 8
+    assert bench.ram.accesses <= ROUNDS * 8
+    assert len(driver.used(0)) == ROUNDS
 
 
 def test_reads_beyond_the_configuration(bench: Bench) -> None:
@@ -272,6 +274,25 @@ def test_its_interrupt_through_either_controller() -> None:
     rig.route(bank.BALLOON.interrupt, 1 << 15 | 0x51)
     balloon.target_pages = 6
     assert rig.interrupts.acknowledge() == 0x51
+
+
+def test_a_board_ends_a_pass_by_the_clock() -> None:
+    rig = Rig()
+    bench = rng_bench()
+    bench.driver.device = rig.board.rng
+    bench.driver.ram = rig.ram
+    bench.driver.start()
+    rig.board.virtio.serve()
+    for _ in range(8):
+        bench.driver.send(0, [(BUFFERS, 16, True)])
+    rig.board.virtio.clock = itertools.count(0, bank.PASS_NS // 4).__next__
+    rig.board.virtio.serve()
+    assert len(bench.driver.used(0)) == 4
+    assert rig.board.virtio.waiting
+    rig.board.virtio.serve()
+    assert len(bench.driver.used(0)) == 4
+    rig.board.virtio.serve()
+    assert not rig.board.virtio.waiting
 
 
 def test_a_board_says_that_a_device_waits() -> None:

@@ -7,6 +7,7 @@ looks at `waiting` before it lets the guest run on, and calls `serve` (vmm/hw/pr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -31,6 +32,9 @@ BALLOON = Place("balloon", 0xFEB0_0000, 10)
 RNG = Place("rng", 0xFEB0_1000, 11)
 PLACES = (BALLOON, RNG)
 
+#: a pass over a device ends after so long: a guest's slice, and who wants its CPU, wait for no more than that
+PASS_NS = 1_000_000
+
 
 class DeviceRam(GuestRam, Protocol):
     """The guest's memory for devices."""
@@ -49,10 +53,12 @@ class Bank:
     Invariant: between two passes `waiting` says whether any device has a notified queue.
     """
 
-    __slots__ = ("devices", "memory", "on_waiting", "waiting")
+    __slots__ = ("clock", "devices", "memory", "on_waiting", "waiting")
 
     def __init__(self, memory: DeviceRam) -> None:
         self.memory = memory
+        #: the host's, in ns
+        self.clock: Callable[[], int] = time.monotonic_ns
         self.devices: dict[str, MmioDevice] = {}
         #: a device wants to be served
         self.waiting = False
@@ -72,8 +78,13 @@ class Bank:
         """
         for device in self.devices.values():
             if device.notified:
-                device.serve()
+                device.serve(self._enough())
         self.waiting = any(device.notified for device in self.devices.values())
+
+    def _enough(self) -> Callable[[], bool]:
+        """Whether a pass that begins now has taken its time."""
+        end = self.clock() + PASS_NS
+        return lambda: self.clock() >= end
 
     def save(self) -> dict[str, Any]:
         """The state as plain values."""

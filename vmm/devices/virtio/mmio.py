@@ -35,9 +35,6 @@ USED_BUFFER, CONFIG_CHANGED = 1, 2
 INDIRECT_DESC = 1 << 28
 VERSION_1 = 1 << 32
 
-#: steps a queue is served in one pass, so that a pass takes a millisecond or two
-MOST_STEPS = 8
-
 
 class Register:
     """Offsets (4.2.2, table 4.1)."""
@@ -119,7 +116,8 @@ class MmioDevice(Saved, ABC):
 
     @abstractmethod
     def step(self, queue: int, ring: Ring) -> bool:
-        """Do a bounded amount of work for a queue; False when there is no more to be done now.
+        """Do some of the work there is for a queue, little enough that a step of each queue takes no longer
+        than a pass may (vmm/devices/virtio/bank.py); False when there is no more to be done now.
 
         Raises Malformed, BadAddress; OutOfFrames when the same step is to be repeated.
         """
@@ -164,19 +162,20 @@ class MmioDevice(Saved, ABC):
 
     # -- serving -----------------------------------------------------------------------------------
 
-    def serve(self) -> None:
-        """One bounded pass over the notified queues; what is left over stays notified.
+    def serve(self, enough: Callable[[], bool]) -> None:
+        """One pass over the notified queues: a step of each, again and again, until nothing is left or it is
+        `enough`; what is left over stays notified.
 
         Raises OutOfFrames, and what was done until then stays done.
         """
         try:
-            for queue, ring in enumerate(self.rings):
-                bit = 1 << queue
-                for _ in range(MOST_STEPS):
-                    if not self.notified & bit:
-                        break
-                    if not ring.ready or not self.step(queue, ring):
+            while self.notified:
+                for queue, ring in enumerate(self.rings):
+                    bit = 1 << queue
+                    if self.notified & bit and not (ring.ready and self.step(queue, ring)):
                         self.notified &= ~bit
+                if enough():
+                    break
         except (Malformed, BadAddress):
             self._needs_reset()
 
