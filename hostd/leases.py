@@ -280,12 +280,9 @@ class Leases:
             self._on_need_frames(worker, protocol.NeedFrames(count))
 
     def _on_reported(self, worker: Worker, message: protocol.Reported) -> None:
-        vm = self._held[message.vm]
-        block = vm.block
+        block = self._held[message.vm].block
         if block is None:
             return
-        vm.memory_state.broken += len(message.dropped)
-        vm.memory_state.swapped_in += len(message.fetched)
         try:
             self._memory.books.reported(block, message.dropped, message.freed, message.fetched)
         except ValueError as error:

@@ -29,17 +29,13 @@ class MemoryState:
     working_set: float | None = None
     #: somebody looked since the guest was last asked how its memory is doing
     looked: bool = field(default=False, init=False)
+    #: what the host did to its pages; what the guest itself does is in its accounts (vmm/stats.py)
     merged: int = 0
-    broken: int = 0
     zeroed: int = 0
     swapped_out: int = 0
-    swapped_in: int = 0
-    #: taken into its balloon, in the lives behind it
-    inflated_before: int = 0
 
-    def begin_life(self, balloon: BalloonView | None) -> None:
-        """The guest starts anew: nothing is known of it, and the balloon of its last life is history."""
-        self.inflated_before += balloon.inflated if balloon else 0
+    def begin_life(self) -> None:
+        """The guest starts anew: nothing is known of it."""
         self.balloon_target = self.working_set = None
 
     def usage(self, pages: Mapping[str, int] | None, balloon: BalloonView | None) -> MemoryUsage:
@@ -58,11 +54,12 @@ class MemoryState:
             guest_free=said.get("free"), guest_available=said.get("available"),
             guest_total=said.get("total"))
 
-    def events(self, balloon: BalloonView | None) -> MemoryEvents:
-        """The counters as a view."""
+    def events(self, accounts: Mapping[str, int]) -> MemoryEvents:
+        """The counters as a view; `accounts`: the VM's accounting fields by name."""
         return MemoryEvents(
-            merged=self.merged, broken=self.broken, zeroed=self.zeroed, swapped_out=self.swapped_out,
-            swapped_in=self.swapped_in, inflated=self.inflated_before + (balloon.inflated if balloon else 0))
+            merged=self.merged, broken=accounts["cow_breaks"], zeroed=self.zeroed,
+            swapped_out=self.swapped_out, swapped_in=accounts["swapped_in"], inflated=accounts["inflated"],
+            deflated=accounts["deflated"], reported=accounts["reported"])
 
 
 @dataclass

@@ -122,7 +122,8 @@ VM_METRICS = (
          lambda vm: [((), vm.shares)]),
     _Row(CounterMetricFamily, "hostd_vm_memory_pages",
          "Pages merged with others of the same contents, broken from them by a write, given up as zeros, "
-         "swapped out and in, inflated into the balloon.", ("event",),
+         "swapped out and in, inflated into the balloon and deflated from it, reported as free by the guest.",
+         ("event",),
          lambda vm: [((event,), count) for event, count in msgspec.structs.asdict(vm.memory_events).items()]),
     _Row(CounterMetricFamily, "hostd_vm_boots", "Starts and resets of the guest.", (),
          lambda vm: [((), vm.boots)]),

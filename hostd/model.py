@@ -193,10 +193,13 @@ class MemoryEvents(View, frozen=True):
     broken: int = 0
     #: full of zeros, gave up their frames
     zeroed: int = 0
+    #: written to the swap file, and read from it
     swapped_out: int = 0
     swapped_in: int = 0
-    #: taken into the balloon
+    #: taken into the balloon, and out of it again; reported as free by the guest
     inflated: int = 0
+    deflated: int = 0
+    reported: int = 0
 
 
 class ExitRow(View, frozen=True):

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from vmm.memory.records import PageStore, StoreError
 
 _OFFSET = (1 << 32) - 1
+#: the number of the swap file
+SWAP = 0
 
 
 class OpenSlots:
@@ -36,6 +38,10 @@ class OpenSlots:
         """The guest's page, if the slot says that it is at another host."""
         number = slot >> 32
         return slot & _OFFSET if number in self._stores and self._stores[number] is None else None
+
+    def is_swap(self, slot: int) -> bool:
+        """Whether the slot is in the swap file, and not in a snapshot's."""
+        return slot >> 32 == SWAP
 
     def fetch(self, slot: int, into: memoryview) -> None:
         """Read the page in a slot.  Raises StoreError."""

@@ -270,9 +270,6 @@ class BalloonView(Message, frozen=True):
     driver: bool
     pages: int
     statistics: dict[str, int]
-    #: pages ever taken into the balloon, and reported as free
-    inflated: int = 0
-    reported: int = 0
 
 
 class Pong(Message, frozen=True):

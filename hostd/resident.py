@@ -77,6 +77,7 @@ class Resident:
             raise OutOfFrames(f"page {page} is at another host")
         try:
             self._slots.fetch(slot, into)
+            self._accounting.swapped_in += self._slots.is_swap(slot)
         except StoreError as error:
             self.machine.lost = f"a page of its memory is lost: {error}"
             raise OutOfFrames(str(error)) from None
@@ -119,8 +120,7 @@ class Resident:
 
     def _balloon_view(self) -> BalloonView:
         balloon = self.machine.balloon
-        return BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics),
-                           balloon.counters["inflated"], balloon.counters["reported"])
+        return BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics))
 
     def take_report(self) -> Reported | None:
         """What its pages have let go of since the last call, if anything."""

@@ -12,7 +12,6 @@ import trio
 
 from hostd.definition import Definition
 from hostd.memory_state import MemoryState
-from hostd.protocol import BalloonView
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
 from vmm.state import decode
@@ -34,8 +33,6 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
     exits: dict[int, tuple[int, float]]
     #: counters of hostd.memory_state.MemoryState
     memory: dict[str, int]
-    #: pages that its balloon took in the present boot, as far as the daemon was told: the device counts on
-    inflated: int = 0
 
     @classmethod
     def of(cls, vm: Vm, paused: bool) -> Life:
@@ -44,8 +41,7 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
         memory = {name: count for name, count in asdict(vm.memory_state).items() if name in _COUNTERS}
         return cls(paused=paused, boots=vm.boots, crashes=vm.crashes, age_s=vm.age(),
                    console=vm.console.scrollback(), console_end=vm.console.written,
-                   console_boot=vm.console.boot, accounts=accounts, exits=exits, memory=memory,
-                   inflated=vm.balloon.inflated if vm.balloon else 0)
+                   console_boot=vm.console.boot, accounts=accounts, exits=exits, memory=memory)
 
     def give_to(self, vm: Vm) -> None:
         """Have a VM that has none yet go on with this life."""
@@ -55,8 +51,6 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
         vm.ledger.load(self.accounts, self.exits)
         vm.memory_state = MemoryState(
             **{name: count for name, count in self.memory.items() if name in _COUNTERS})
-        if self.inflated:
-            vm.balloon = BalloonView("", True, 0, {}, self.inflated)
 
 
 #: what MemoryState counts; the rest of it is of the moment

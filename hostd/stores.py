@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from hostd.errors import Failed
+from hostd.openslots import SWAP
 from hostd.swapfile import SwapFile
 from vmm.memory.records import PageStore, StoreError
 
-SWAP = 0
 _OFFSET = (1 << 32) - 1
 _MOST_STORES = 256
 

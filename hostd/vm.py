@@ -126,7 +126,7 @@ class Vm:
     def begin_life(self) -> None:
         """The guest starts from its first instruction."""
         self.boots += 1
-        self.memory_state.begin_life(self.balloon)
+        self.memory_state.begin_life()
         self.balloon = None
         self.begin_ration()
         self.born = trio.current_time()
@@ -161,6 +161,6 @@ class Vm:
             worker=self.worker.index if self.worker else None, uptime_s=round(self.age(), 3),
             exit_status=self.exit_status, cpu=cpu_times(accounts),
             memory_usage=self.memory_state.usage(pages, self.balloon),
-            memory_events=self.memory_state.events(self.balloon),
+            memory_events=self.memory_state.events(accounts),
             exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
             world_switches=accounts["world_switches"], boots=self.boots, crashes=self.crashes)

@@ -95,7 +95,8 @@ class Fleet:
                 memory_events=MemoryEvents(
                     merged=vm.memory_events.merged + 100, broken=vm.memory_events.broken + 10,
                     zeroed=vm.memory_events.zeroed + 20, swapped_out=vm.memory_events.swapped_out + 40,
-                    swapped_in=vm.memory_events.swapped_in + 30, inflated=vm.memory_events.inflated + 50),
+                    swapped_in=vm.memory_events.swapped_in + 30, inflated=vm.memory_events.inflated + 50,
+                    deflated=vm.memory_events.deflated + 60, reported=vm.memory_events.reported + 70),
                 cpu=CpuTimes(run=vm.cpu.run + seconds * 0.25, wait=vm.cpu.wait + seconds * 0.25,
                              sleep=vm.cpu.sleep + seconds * 0.5))
 

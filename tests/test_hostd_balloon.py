@@ -9,18 +9,20 @@ from pathlib import Path
 import pytest
 import trio
 
-from hostd.model import MONITORS
+from hostd.model import MONITORS, PAGE
 from hostd.protocol import BalloonView, SetBalloon
 from hostd.vm import Vm
 from tests.kernels import elf32, multiboot_header
-from tests.test_monitor_paging import store, word
-from tests.test_virtio_machine import AVAILABLE, QUEUE, RESULTS, USED, start
+from tests.test_monitor_paging import repeat, store, word
+from tests.test_virtio_machine import AVAILABLE, QUEUE, RESULTS, USED, request, start
 from tests.told_host import SOON, ToldHost, real_host
 from vmm.devices.virtio.balloon import REPORTING, STATS_VQ
 from vmm.devices.virtio.bank import BALLOON
 from vmm.devices.virtio.mmio import Register
 
 _CODE, _ENTRY = 0x10_0000, 0x20
+#: pages that a guest has no use for, and how many
+_FREE, PAGES = 0x14_0000, 64
 _NOTIFY = BALLOON.base + Register.QUEUE_NOTIFY
 
 
@@ -28,6 +30,11 @@ _NOTIFY = BALLOON.base + Register.QUEUE_NOTIFY
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     async with real_host(tmp_path, "[sharing]\nenabled = false\n") as told:
         yield told
+
+
+def kernel(code: bytes) -> bytes:
+    text = multiboot_header().ljust(_ENTRY, b"\0") + code
+    return elf32(_CODE + _ENTRY, [(_CODE, text, len(text))])
 
 
 def talkative_kernel() -> bytes:
@@ -39,9 +46,17 @@ def talkative_kernel() -> bytes:
            + b"\x89\xe8\xc1\xe0\x10"                                  #       mov eax, ebp; shl eax, 16
            + b"\xa3" + word(AVAILABLE) + store(_NOTIFY, 2)              #       mov [AVAILABLE], eax
            + b"\x66\x39\x2d" + word(USED + 2) + b"\x75\xf7")           # wait: cmp [USED + 2], bp; jne wait
-    code += say + b"\xeb" + bytes([-len(say) - 2 & 0xFF])               #       jmp say
-    text = multiboot_header().ljust(_ENTRY, b"\0") + code
-    return elf32(_CODE + _ENTRY, [(_CODE, text, len(text))])
+    return kernel(code + say + b"\xeb" + bytes([-len(say) - 2 & 0xFF]))  #       jmp say
+
+
+def generous_kernel() -> bytes:
+    """Multiboot.  It writes to so many pages, prints a dot, and when a key is typed reports them as free."""
+    code = start(BALLOON, 2)
+    write = b"\x89\x3f\x81\xc7" + word(PAGE)                          # mov [edi], edi; add edi, 0x1000
+    code += b"\xbf" + word(_FREE) + repeat(PAGES, write)
+    code += b"\x66\xba\xf8\x03\xb0.\xee"                             # mov dx, 0x3f8; mov al, '.'; out dx, al
+    code += b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xfb"                 # mov dx, 0x3fd; in al, dx; test al, 1; jz
+    return kernel(code + request(BALLOON, 2, 1, _FREE, PAGES * PAGE) + b"\xfa\xf4")
 
 
 async def hears(vm: Vm, true: Callable[[BalloonView], bool]) -> None:
@@ -60,3 +75,16 @@ async def test_what_a_guest_is_asked_is_known_when_it_has_said_it(host: ToldHost
     assert vm.worker is not None
     vm.worker.send(SetBalloon(vm.lease, 0, statistics=True))
     await hears(vm, lambda said: said.statistics == {"free": 2})
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+async def test_pages_given_back_are_neither_written_nor_swapped_in(host: ToldHost, monitor: str) -> None:
+    await host.running("vm", kernel=await host.blob(generous_kernel()), vmm=monitor)
+    await host.prints("vm", r"\.")
+    await host.clone("vm", "clone")
+    await host.tell("clone", "x")
+    vm = host.host._guests.vms["clone"]
+    with trio.fail_after(SOON):
+        while (events := vm.view().memory_events).reported < PAGES:
+            await trio.sleep(0.01)
+    assert events.broken < PAGES and events.swapped_in == 0

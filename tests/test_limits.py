@@ -169,6 +169,7 @@ async def test_a_limit_holds_at_every_moment(host: ToldHost, monitor: str) -> No
     vm, other = (host.host._guests.vms[name] for name in ("vm", "other"))
     assert 0 < await rounds(host, vm, 4) <= LIMIT // PAGE
     assert vm.memory_state.swapped_out > TOUCHED - LIMIT // PAGE
+    assert vm.view().memory_events.swapped_in > TOUCHED - LIMIT // PAGE
     assert await rounds(host, other, 4) >= TOUCHED and other.memory_state.swapped_out == 0
     await host.host.update("vm", VmPatch(limit=MEMORY))
     await rounds(host, vm, 200)
@@ -252,7 +253,7 @@ async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blo
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rationing.run)
         assert await refused() == [] and vm.reason == STANDS_STILL
-        vm.balloon = BalloonView(vm.lease, True, 0, {}, 0)
+        vm.balloon = BalloonView(vm.lease, True, 0, {})
         assert await refused() == [], "it had its turn"
         rationing.set(vm, Most(1))
         assert guest.told == [SetRation(vm.lease, Most(1))], "it tries again"

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from hostd.memory_state import HostMemoryState, MemoryState
-from hostd.model import PAGE, PRESSURES, FrameCounts, MemoryUsage
+from hostd.model import PAGE, PRESSURES, FrameCounts, MemoryEvents, MemoryUsage
 from hostd.policy.pressure import State
 from hostd.protocol import BalloonView
 from hostd.swapfile import SwapStats
@@ -14,8 +16,8 @@ from hostd.swapfile import SwapStats
 PAGES = {"assigned": 1000, "resident": 500, "private": 400, "shared": 100, "ballooned": 50, "stored": 30}
 
 
-def said(inflated: int = 0, **statistics: int) -> BalloonView:
-    return BalloonView("vm#1", driver=True, pages=0, statistics=statistics, inflated=inflated)
+def said(**statistics: int) -> BalloonView:
+    return BalloonView("vm#1", driver=True, pages=0, statistics=statistics)
 
 
 def test_without_memory_there_is_nothing_to_tell() -> None:
@@ -42,12 +44,16 @@ def test_a_target_beyond_memory_is_none_of_it() -> None:
 
 
 def test_counters_go_on_in_the_next_life_and_the_rest_is_forgotten() -> None:
-    state = MemoryState(balloon_target=200, working_set=0.25, merged=3, swapped_in=2)
-    assert state.events(said(inflated=40)).inflated == 40
-    state.begin_life(said(inflated=40))
+    state = MemoryState(balloon_target=200, working_set=0.25, merged=3, swapped_out=2)
+    state.begin_life()
     assert (state.balloon_target, state.working_set) == (None, None)
-    assert (state.events(None).inflated, state.events(said(inflated=2)).inflated) == (40, 42)
-    assert (state.events(None).merged, state.events(None).swapped_in) == (3, 2)
+    assert state.events(Counter()) == MemoryEvents(merged=3, swapped_out=2)
+
+
+def test_what_the_guest_did_to_its_pages_is_in_its_accounts() -> None:
+    accounts = Counter(cow_breaks=1, swapped_in=2, inflated=3, deflated=4, reported=5, run_ns=6)
+    assert MemoryState().events(accounts) == MemoryEvents(
+        broken=1, swapped_in=2, inflated=3, deflated=4, reported=5)
 
 
 def frames(**counts: int) -> FrameCounts:

@@ -96,7 +96,7 @@ async def test_memory_of_a_vm_is_described(fleet: Fleet) -> None:
     assert value(samples, "hostd_vm_memory_limit_bytes", name="web") == 128 * MIB
     assert value(samples, "hostd_vm_memory_shares", name="web") == 1280
     expected = {"merged": 100, "broken": 10, "zeroed": 20, "swapped_out": 40, "swapped_in": 30,
-                "inflated": 50}
+                "inflated": 50, "deflated": 60, "reported": 70}
     assert {event: value(samples, "hostd_vm_memory_pages_total", name="web", event=event)
             for event in expected} == expected
 

@@ -80,6 +80,9 @@ def test_all_guests_come_back_where_they_were(start_daemon: Start, tmp_path: Pat
         if name != "off":
             assert (now["boots"], now["crashes"]) == (vm["boots"], vm["crashes"])
             assert now["exits"] >= vm["exits"]
+            events = now["memory_events"]
+            assert all(events[what] >= count for what, count in vm["memory_events"].items())
+            assert events["swapped_in"] == 0, "what is read from the host's own file was not swapped"
             assert now["uptime_s"] >= vm["uptime_s"] and now["cpu"]["run"] >= vm["cpu"]["run"]
     second.do("bt-0", "resume")
     goes_on(second, "bt-0", rounds(consoles["bt-0"])[-1])

@@ -143,7 +143,7 @@ def test_a_page_in_the_balloon(rig: Rig) -> None:
     code += HLT + load(DATA) + keep(1) + store(DATA + 4, 33) + load(DATA + 4) + keep(2)
     setup = m.protected(code + HLT)
     machine = halted(rig, setup)
-    assert machine.balloon.counters["inflated"] == 1
+    assert machine.balloon.counters["inflated"] == machine.block.accounting.inflated == 1
     leaf = machine.block.p2m.leaf
     assert leaf[DATA >> 12] == Kind.BALLOONED << KIND_SHIFT
     assert len(machine.block.p2m.freed) == 1
@@ -165,6 +165,7 @@ def test_a_page_out_of_the_balloon(rig: Rig, touched: bool) -> None:
     setup = m.protected(code + request(bank.BALLOON, 1, 1, RESULTS + 0x100, 4, 0) + HLT)
     machine = halted(rig, setup)
     assert machine.balloon.counters == {"inflated": 1, "deflated": 1, "reported": 0}
+    assert machine.block.accounting.deflated == 1
     if touched:
         assert machine.memory.read_u32(DATA) == 44
     else:
@@ -201,7 +202,7 @@ def test_a_kick_interrupts_a_long_request(rig: Rig) -> None:
     state = machine.capture()           # it goes on where the guest goes on
     again = rig.again(machine, state)
     assert again.go() == HALTED
-    assert again.balloon.reported == machine.block.pages // 2
+    assert again.balloon.reported == again.block.accounting.reported == machine.block.pages // 2
 
 
 def test_a_target_wakes_the_guest(rig: Rig) -> None:

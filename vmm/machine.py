@@ -69,13 +69,20 @@ class VirtualMachine:
     def run(self, deadline_ns: int) -> Stop:
         """Run until CLOCK_MONOTONIC `deadline_ns` at the latest; says why it returned."""
         self.resume_clock()
-        breaks = self.block.p2m.cow_breaks
+        before = self._pages_counted()
         stop = self.processor.run(deadline_ns)
         if self.lost:
             stop = Stop(StopReason.CRASHED, self.lost)
         self.board.uart.flush()
-        self.block.accounting.cow_breaks += self.block.p2m.cow_breaks - breaks
+        accounting = self.block.accounting
+        for name, count in self._pages_counted().items():
+            if count != before[name]:
+                setattr(accounting, name, getattr(accounting, name) + count - before[name])
         return stop
+
+    def _pages_counted(self) -> dict[str, int]:
+        """What happened to pages while the guest ran here or before, by the names of its accounts."""
+        return {"cow_breaks": self.block.p2m.cow_breaks, **self.balloon.counters}
 
     def next_wake(self) -> int | None:
         """CLOCK_MONOTONIC ns at which a halted guest has something to do; None: only input wakes it."""

@@ -84,6 +84,11 @@ class Accounting:
     console_bytes_in = _Quad(12)
     steal_ns = _Quad(13)
     slices = _Quad(14)
+    #: pages: read from the swap file, told by the balloon driver as given and as taken back, reported as free
+    swapped_in = _Quad(15)
+    inflated = _Quad(16)
+    deflated = _Quad(17)
+    reported = _Quad(18)
 
     def __init__(self, page: memoryview) -> None:
         self.raw = page.cast("Q")
