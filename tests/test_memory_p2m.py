@@ -101,6 +101,18 @@ def test_fault_without_a_frame_changes_nothing(ram: Ram) -> None:
     assert clone.p2m.dropped == []
 
 
+def test_an_emptied_balloon_leaves_untouched_pages_and_what_the_log_has(ram: Ram) -> None:
+    ram.memory.write(0x1000, b"kept")
+    ram.p2m.discard(2, ballooned=True)
+    ram.p2m.start_log()
+    ram.p2m.discard(3, ballooned=True)
+    ram.memory.write(0x4000, b"kept")
+    before = list(ram.p2m.leaf)
+    ram.p2m.empty_balloon()
+    assert (ram.p2m.leaf[2], ram.p2m.leaf[3]) == (0, LOGGED)
+    assert [page for page in range(PAGES) if ram.p2m.leaf[page] != before[page]] == [2, 3]
+
+
 # -- copy-on-write ------------------------------------------------------------------------------------------
 
 

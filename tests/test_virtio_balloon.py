@@ -258,6 +258,15 @@ def test_nobody_can_be_asked() -> None:
     assert not balloon(bench).request_statistics()
 
 
+def test_a_driver_that_goes_leaves_an_empty_balloon(bench: Bench) -> None:
+    before = bench.pages.emptied
+    tell(bench, INFLATE, [1, 2, 3])
+    bench.serve()
+    assert bench.pages.emptied == before
+    bench.driver.put(Register.STATUS, 0)
+    assert bench.pages.emptied == before + 1
+
+
 def test_statistics_go_with_their_driver(bench: Bench) -> None:
     report(bench, (4, 9))
     bench.driver.put(Register.STATUS, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Iterable
 
 import pytest
 
@@ -48,10 +49,19 @@ def start(place: bank.Place, queue: int, size: int = 8) -> bytes:
     steps = [(Register.STATUS, ACKNOWLEDGE | DRIVER), (Register.DRIVER_FEATURES_SELECT, 1),
              (Register.DRIVER_FEATURES, VERSION_1 >> 32), (Register.DRIVER_FEATURES_SELECT, 0),
              (Register.DRIVER_FEATURES, 1 << 5 if place is bank.BALLOON else 0),
-             (Register.STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK), (Register.QUEUE_SELECT, queue),
-             (Register.QUEUE_SIZE, size), (Register.DESCRIPTORS, QUEUE), (Register.DRIVER_AREA, AVAILABLE),
-             (Register.DEVICE_AREA, USED), (Register.QUEUE_READY, 1), (Register.STATUS, READY)]
-    return b"".join(store(place.base + register, value) for register, value in steps)
+             (Register.STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK)]
+    return put(place, steps) + ready(place, queue, size) + put(place, [(Register.STATUS, READY)])
+
+
+def ready(place: bank.Place, queue: int, size: int = 8) -> bytes:
+    """Make a queue ready, of which no request was made yet."""
+    return store(AVAILABLE, 0) + store(USED, 0) + put(place, [
+        (Register.QUEUE_SELECT, queue), (Register.QUEUE_SIZE, size), (Register.DESCRIPTORS, QUEUE),
+        (Register.DRIVER_AREA, AVAILABLE), (Register.DEVICE_AREA, USED), (Register.QUEUE_READY, 1)])
+
+
+def put(place: bank.Place, values: Iterable[tuple[int, int]]) -> bytes:
+    return b"".join(store(place.base + register, value) for register, value in values)
 
 
 def request(place: bank.Place, queue: int, number: int, address: int, length: int,
@@ -159,8 +169,7 @@ def test_a_page_out_of_the_balloon(rig: Rig, touched: bool) -> None:
     """What the guest wrote before it told is not lost."""
     code = store(RESULTS + 0x100, DATA >> 12) + start(bank.BALLOON, 0)
     code += request(bank.BALLOON, 0, 1, RESULTS + 0x100, 4, 0)
-    code += store(bank.BALLOON.base + Register.STATUS, 0) + store(AVAILABLE, 0) + store(USED, 0)
-    code += start(bank.BALLOON, 1)
+    code += ready(bank.BALLOON, 1)
     code += store(DATA, 44) if touched else b""
     setup = m.protected(code + request(bank.BALLOON, 1, 1, RESULTS + 0x100, 4, 0) + HLT)
     machine = halted(rig, setup)
@@ -170,6 +179,18 @@ def test_a_page_out_of_the_balloon(rig: Rig, touched: bool) -> None:
         assert machine.memory.read_u32(DATA) == 44
     else:
         assert machine.block.p2m.leaf[DATA >> 12] == 0
+
+
+def test_a_balloon_that_is_reset_is_empty(rig: Rig) -> None:
+    """A kernel that boots another one does not tell which pages it had given back."""
+    code = store(RESULTS + 0x100, DATA >> 12) + start(bank.BALLOON, 0)
+    code += request(bank.BALLOON, 0, 1, RESULTS + 0x100, 4, 0) + HLT
+    machine = halted(rig, m.protected(code + store(bank.BALLOON.base + Register.STATUS, 0) + HLT))
+    assert machine.block.memory_counts()["ballooned"] == 1
+    machine.processor.halted = False
+    assert machine.go() == HALTED
+    assert machine.block.memory_counts()["ballooned"] == 0
+    assert machine.block.p2m.leaf[DATA >> 12] == 0
 
 
 def reports(rig: Rig, memory: int) -> Machine:

@@ -67,6 +67,7 @@ class Pages:
         self.pages = pages
         self.discarded: list[tuple[int, bool]] = []
         self.deflated: list[int] = []
+        self.emptied = 0
 
     def discard(self, page: int, ballooned: bool) -> None:
         if not 0 <= page < self.pages:
@@ -77,6 +78,9 @@ class Pages:
         if not 0 <= page < self.pages:
             raise BadAddress(page * PAGE)
         self.deflated.append(page)
+
+    def empty(self) -> None:
+        self.emptied += 1
 
 
 class Driver:

@@ -46,3 +46,7 @@ class GivenBack:
         """The page is out of the balloon.  Its contents are kept, if the guest has used it since."""
         if self._p2m.leaf[page] & KIND_MASK == _BALLOONED:
             self._p2m.discard(page, False)
+
+    def empty(self) -> None:
+        """As `P2M.empty_balloon`."""
+        self._p2m.empty_balloon()

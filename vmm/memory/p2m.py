@@ -209,6 +209,12 @@ class P2M:
         if entry:
             self.changed(page)
 
+    def empty_balloon(self) -> None:
+        """The guest has no balloon any more: pages that it had given back are as those it never touched."""
+        entries = self._entries()
+        ballooned = (entries & np.uint64(KIND_MASK)) == np.uint64(Kind.BALLOONED << KIND_SHIFT)
+        entries[ballooned] &= np.uint64(LOGGED)
+
     def trace(self, page: int) -> None:
         """Tell `on_trace` before the page is written next.  Who has it mapped writable must see to that."""
         self.traced.add(page)

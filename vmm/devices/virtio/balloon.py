@@ -36,13 +36,16 @@ _MOST_STATISTICS = 64
 
 
 class PageSink(Protocol):
-    """Who takes the pages a guest gives back.  Both raise BadAddress where there is no such page."""
+    """Who takes the pages a guest gives back.  Those with a page raise BadAddress where there is no such."""
 
     def discard(self, page: int, ballooned: bool) -> None:
         """The contents of guest-physical page `page` are lost; it reads as zero afterwards."""
 
     def deflate(self, page: int) -> None:
         """The guest takes a page out of its balloon; nothing that it has written there meanwhile is lost."""
+
+    def empty(self) -> None:
+        """No page is in the balloon any more."""
 
 
 class Role(Enum):
@@ -153,8 +156,10 @@ class Balloon(MmioDevice):
             self.actual = int.from_bytes(value, "little")
 
     def forget(self) -> None:
-        """A driver that comes or goes has given nothing yet, and said nothing."""
+        """A driver that comes or goes has given nothing yet, and said nothing: what one had that left without
+        taking it back (kexec) is the guest's again."""
         self.actual = 0
+        self._sink.empty()
         self.wanted = self.holds = False
         self.statistics = {}
 
