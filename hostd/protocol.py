@@ -264,7 +264,7 @@ class Wanted(Message, frozen=True):
 class BalloonView(Message, frozen=True):
     """How the memory of this guest is doing, as its driver says: pages it has given back, and its statistics
     by name (vmm/devices/virtio/balloon.py), if there are some; `driver`: there is one.  Said when it is asked
-    for, and when the driver has given statistics."""
+    for, and when the driver has come, gone or given statistics."""
 
     vm: str
     driver: bool

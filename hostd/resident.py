@@ -49,8 +49,8 @@ class Resident:
         #: pages at another host that it waits for, and those of them that were not told yet
         self._awaited: set[int] = set()
         self._wanted: list[int] = []
-        #: guest time of the statistics that were told last
-        self._heard_ns = self.machine.balloon.received_ns
+        #: what was told last: whether there is a balloon driver, and when it gave statistics
+        self._heard = self._hear()
 
     def run(self, deadline_ns: int) -> Stop:
         """Run until CLOCK_MONOTONIC `deadline_ns` at the latest.
@@ -111,16 +111,18 @@ class Resident:
         return view
 
     def take_balloon(self) -> BalloonView | None:
-        """What its balloon driver says, if it gave statistics since the last call."""
-        received_ns = self.machine.balloon.received_ns
-        if received_ns == self._heard_ns:
-            return None
-        self._heard_ns = received_ns
-        return self._balloon_view()
+        """What its balloon driver says, if it came, went or gave statistics since the last call."""
+        heard, self._heard = self._heard, self._hear()
+        return None if heard == self._heard else self._balloon_view()
+
+    def _hear(self) -> tuple[bool, int]:
+        return self.machine.balloon.driver_ok, self.machine.balloon.received_ns
 
     def _balloon_view(self) -> BalloonView:
         balloon = self.machine.balloon
-        return BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, dict(balloon.statistics))
+        # a driver that broke the rules says nothing new: its statistics would be the last for ever
+        said = dict(balloon.statistics) if balloon.driver_ok else {}
+        return BalloonView(self.lease, balloon.driver_ok, balloon.actual_pages, said)
 
     def take_report(self) -> Reported | None:
         """What its pages have let go of since the last call, if anything."""
