@@ -9,65 +9,17 @@ from pathlib import Path
 import pytest
 import trio
 
-from hostd.model import MONITORS, PAGE
+from hostd.model import MONITORS
 from hostd.protocol import BalloonView, SetBalloon
 from hostd.vm import Vm
-from tests.kernels import elf32, multiboot_header
-from tests.test_monitor_paging import repeat, store, word
-from tests.test_virtio_machine import AVAILABLE, QUEUE, RESULTS, USED, request, start
+from tests.balloon_guests import PAGES, generous_kernel, rude_kernel, talkative_kernel
 from tests.told_host import SOON, ToldHost, real_host
-from vmm.devices.virtio.balloon import REPORTING, STATS_VQ
-from vmm.devices.virtio.bank import BALLOON
-from vmm.devices.virtio.mmio import Register
-
-_CODE, _ENTRY = 0x10_0000, 0x20
-#: pages that a guest has no use for, and how many
-_FREE, PAGES = 0x14_0000, 64
-#: waits for a key: mov dx, 0x3fd; in al, dx; test al, 1; jz
-_KEY = b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xfb"
-_NOTIFY = BALLOON.base + Register.QUEUE_NOTIFY
 
 
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[ToldHost]:
     async with real_host(tmp_path, "[sharing]\nenabled = false\n") as told:
         yield told
-
-
-def kernel(code: bytes) -> bytes:
-    text = multiboot_header().ljust(_ENTRY, b"\0") + code
-    return elf32(_CODE + _ENTRY, [(_CODE, text, len(text))])
-
-
-def talks() -> bytes:
-    """A driver with a buffer for one statistic, what is free."""
-    code = start(BALLOON, 2).replace(word(REPORTING), word(STATS_VQ))
-    return code + store(QUEUE, RESULTS) + store(QUEUE + 8, 10) + store(QUEUE + 12, 0) + store(RESULTS, 4)
-
-
-def talkative_kernel() -> bytes:
-    """Multiboot.  Whenever it is asked how its memory is doing, a byte more of it is free."""
-    code = talks() + b"\x31\xed"                                        #       xor ebp, ebp
-    say = (b"\x45\x89\x2d" + word(RESULTS + 2)                         # say:  inc ebp; mov [RESULTS + 2], ebp
-           + b"\x89\xe8\xc1\xe0\x10"                                  #       mov eax, ebp; shl eax, 16
-           + b"\xa3" + word(AVAILABLE) + store(_NOTIFY, 2)              #       mov [AVAILABLE], eax
-           + b"\x66\x39\x2d" + word(USED + 2) + b"\x75\xf7")           # wait: cmp [USED + 2], bp; jne wait
-    return kernel(code + say + b"\xeb" + bytes([-len(say) - 2 & 0xFF]))  #       jmp say
-
-
-def rude_kernel() -> bytes:
-    """Multiboot.  It says once how its memory is doing, and when a key is typed breaks the rules."""
-    code = talks() + store(RESULTS + 2, 1) + store(AVAILABLE, 1 << 16) + store(_NOTIFY, 2)
-    return kernel(code + _KEY + store(AVAILABLE, 1000 << 16) + store(_NOTIFY, 2) + b"\xfa\xf4")
-
-
-def generous_kernel() -> bytes:
-    """Multiboot.  It writes to so many pages, prints a dot, and when a key is typed reports them as free."""
-    code = start(BALLOON, 2)
-    write = b"\x89\x3f\x81\xc7" + word(PAGE)                          # mov [edi], edi; add edi, 0x1000
-    code += b"\xbf" + word(_FREE) + repeat(PAGES, write)
-    code += b"\x66\xba\xf8\x03\xb0.\xee"                             # mov dx, 0x3f8; mov al, '.'; out dx, al
-    return kernel(code + _KEY + request(BALLOON, 2, 1, _FREE, PAGES * PAGE) + b"\xfa\xf4")
 
 
 async def hears(vm: Vm, true: Callable[[BalloonView], bool]) -> None:

@@ -19,6 +19,8 @@ import pytest
 import trio
 import yaml
 
+from hostd.metrics import VM_METRICS
+from tests.balloon_guests import talkative_kernel
 from tests.private_daemon import PrivateDaemon
 from tests.tools import needs
 from vmm import guests
@@ -83,12 +85,13 @@ def substituted(expression: str) -> str:
 
 
 def start_guests(daemon: PrivateDaemon) -> None:
-    """Guests that compute, that sleep, that switch tasks, that are translated, that share memory, and one
-    that crashed."""
+    """Guests that compute, that sleep, that switch tasks, that are translated, that share memory, that say
+    how their memory is doing, and one that crashed."""
     for name, kernel, append in (("busy", "primes", "loop"), ("busier", "primes", "loop"),
                                  ("idle", "idle", ""), ("mixed", "mix", "rounds=0"),
                                  ("broken", "triple", "")):
         daemon.create(name, guests.read(kernel), append=append, start=True)
+    daemon.create("talkative", talkative_kernel(), start=True)
     daemon.create("soft", guests.read("mix"), append="rounds=0", vmm="bt", start=True)
     daemon.wait("idle", console="idle: tick")
     daemon.do("idle", "clone", names=["twin"], start=True)
@@ -217,6 +220,13 @@ def test_variables_of_the_queries_are_defined() -> None:
     used = {name for panel in PANELS for sought in panel["targets"]
             for name in re.findall(r"\$\w+", sought["expr"])}
     assert used - {"$__rate_interval", "$__interval"} <= defined
+
+
+def test_all_that_is_known_of_the_memory_of_guests_is_shown() -> None:
+    shown = " ".join(sought["expr"] for panel in PANELS for sought in panel["targets"])
+    names = {row.name for row in VM_METRICS if row.name.startswith("hostd_vm_memory")}
+    assert len(names) > 5
+    assert {name for name in (*names, "working_set", "target") if name not in shown} == set()
 
 
 def test_columns_of_the_fleet_table_come_from_its_queries() -> None:
