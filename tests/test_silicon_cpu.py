@@ -299,6 +299,31 @@ def test_fpu_and_sse_of_two_guests(rig: Rig) -> None:
     assert st0 == struct.pack("<QH", 50 << 58, 0x3FFF + 5)
 
 
+#: push 2; popf; mov eax, 0xC243FF80; xor ebx, ebx; cmp ebx, eax; cmpxchg8b [0x8000]
+_EXCHANGE = b"\x6a\x02\x9d\xb8\x80\xff\x43\xc2\x31\xdb\x39\xc3\x0f\xc7\x0d\x00\x80\x00\x00"
+#: the same, but for cmpxchg16b [rsi + 0x8000], rsi being zero
+_EXCHANGE_LONG = _EXCHANGE[:12] + b"\x31\xf6\x39\xc3\x48\x0f\xc7\x8e\x00\x80\x00\x00"
+
+
+@pytest.mark.parametrize("setup", [m.protected(_EXCHANGE + VMMCALL), m.protected(_EXCHANGE + b"\xcd\x30"),
+                                   m.protected(_EXCHANGE + b"\xa1\x00\x00\x00\x70"),
+                                   m.long_mode(_EXCHANGE_LONG + VMMCALL)])
+def test_an_operand_does_not_get_into_the_flags(rig: Rig, setup: m.Setup) -> None:
+    """CMPXCHG8B left one there where it came after certain other instructions.  A guest that was interrupted
+    there went on in virtual-8086 mode."""
+    guest, monitor, _ = new_guest(rig, setup)
+    flags = []
+
+    def look(code: int) -> bool:
+        flags.append(rig.cpu.regs.rflags())
+        return False
+
+    monitor.act = look
+    rig.cpu.vmrun(guest)
+    rig.cpu.evict()
+    assert [seen & ~0x8D5 for seen in (*flags, guest.vmcb.rflags)] == [2, 2]
+
+
 def test_interrupt_window_stays_with_its_guest(rig: Rig) -> None:
     waiting, _, _ = new_guest(rig, m.protected(VMMCALL))
     waiting.vmcb.intercept(ExitCode.VINTR)

@@ -309,6 +309,7 @@ class Cpu:
 
     def _on_interrupt(self, _engine: int, number: int, _data: int) -> None:
         try:
+            self.regs.settle_flags()
             if self._snapshot is not None:
                 # An aborted I/O instruction: its block runs out unheard.  An interrupt that stayed pending
                 # would come again and again before the stop is looked at; `vmrun` returns and asks anew.
@@ -381,6 +382,7 @@ class Cpu:
     def _on_syscall(self, _engine: int, _data: int) -> None:
         try:
             if self._snapshot is None:
+                self.regs.settle_flags()
                 self._monitor.syscall()
         except BaseException as failure:
             self._fail(failure)
@@ -388,6 +390,7 @@ class Cpu:
     def _on_sysenter(self, _engine: int, _data: int) -> None:
         try:
             if self._snapshot is None:
+                self.regs.settle_flags()
                 self._monitor.sysenter()
         except BaseException as failure:
             self._fail(failure)

@@ -73,6 +73,12 @@ class Registers:
         self._read(self._handle, x86_const.UC_X86_REG_RFLAGS, self._cell_address)
         return self._cell.value
 
+    def settle_flags(self) -> None:
+        """Before anybody looks at the flags of a guest that leaves: CMPXCHG8B and CMPXCHG16B, whose helper
+        takes an operand for the flags where it is not told what they are, leave the rest of it behind."""
+        if self.d[at.CC_OP] == _CC_OP_EFLAGS:
+            self.q[at.CC_SRC] &= _CC
+
     def show_flags(self) -> None:
         """Before the silicon goes on with a guest that is on it already: it takes all flags from RFLAGS then,
         and the lazily kept ones from nowhere else."""
