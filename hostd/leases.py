@@ -179,6 +179,7 @@ class Leases:
         del self._held[vm.lease]
         self._tried.discard(vm.lease)
         vm.worker, vm.lease = None, ""
+        vm.memory_state.waits = False
 
     def on_message(self, worker: Worker, message: protocol.ToDaemon) -> None:
         handler = self._on.get(type(message))

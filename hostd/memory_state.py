@@ -29,6 +29,8 @@ class MemoryState:
     working_set: float | None = None
     #: somebody looked since the guest was last asked how its memory is doing
     looked: bool = field(default=False, init=False)
+    #: its worker refused it a frame, since it has as many as it may, and nothing has changed since then
+    waits: bool = field(default=False, init=False)
     #: what the host did to its pages; what the guest itself does is in its accounts (vmm/stats.py)
     merged: int = 0
     zeroed: int = 0

@@ -120,6 +120,9 @@ VM_METRICS = (
          lambda vm: [((), vm.limit)]),
     _Row(GaugeMetricFamily, "hostd_vm_memory_shares", "Its claim on memory relative to other VMs.", (),
          lambda vm: [((), vm.shares)]),
+    _Row(GaugeMetricFamily, "hostd_vm_memory_waiting",
+         "1 while the guest stands still: it wants memory, and has as much as it may at the moment.", (),
+         lambda vm: [((), vm.memory_waiting)]),
     _Row(CounterMetricFamily, "hostd_vm_memory_pages",
          "Pages merged with others of the same contents, broken from them by a write, given up as zeros, "
          "swapped out and in, inflated into the balloon and deflated from it, reported as free by the guest.",

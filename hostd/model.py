@@ -237,6 +237,8 @@ class VmView(View, frozen=True):
     exit_status: int | None
     cpu: CpuTimes
     memory_usage: MemoryUsage
+    #: it stands still: it wants memory, and has as much as it may at the moment
+    memory_waiting: bool
     memory_events: MemoryEvents
     exits: int
     interrupts: int

@@ -43,6 +43,7 @@ class Rationing:
         leases.on_limit = self._on_limit
 
     def _on_limit(self, vm: Vm) -> None:
+        vm.memory_state.waits = True
         self._refused.add(vm)
         self._came.set()
 
@@ -58,6 +59,7 @@ class Rationing:
     def _tell(self, vm: Vm, most: Most) -> None:
         """A guest that was refused a frame tries again when this arrives."""
         vm.ration = most
+        vm.memory_state.waits = False
         if vm.worker is not None:
             vm.worker.send(SetRation(vm.lease, most))
 
@@ -106,6 +108,7 @@ class Rationing:
         driver = vm.balloon is not None and vm.balloon.driver
         self._say(vm, "" if room or driver else STANDS_STILL)
         if room:
+            vm.memory_state.waits = vm in self._refused     # it may have gone on, and used that up
             return
         if driver and not vm.strict:                # it has to run to give something back
             self._give_room(vm)

@@ -55,7 +55,7 @@ class Life(msgspec.Struct, kw_only=True, frozen=True):
 
 #: what MemoryState counts; the rest of it is of the moment
 _COUNTERS = (frozenset(field.name for field in fields(MemoryState))
-             - {"balloon_target", "working_set", "looked"})
+             - {"balloon_target", "working_set", "looked", "waits"})
 
 
 class SavedVm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

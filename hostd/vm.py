@@ -161,6 +161,7 @@ class Vm:
             worker=self.worker.index if self.worker else None, uptime_s=round(self.age(), 3),
             exit_status=self.exit_status, cpu=cpu_times(accounts),
             memory_usage=self.memory_state.usage(pages, self.balloon),
+            memory_waiting=self.memory_state.waits,
             memory_events=self.memory_state.events(accounts),
             exits=self.ledger.exit_total(self.block), interrupts=accounts["interrupts"],
             world_switches=accounts["world_switches"], boots=self.boots, crashes=self.crashes)

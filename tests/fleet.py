@@ -66,7 +66,7 @@ class Fleet:
             initrd=None, append=None, template=None, worker=0 if state is State.RUNNING else None,
             uptime_s=0.0, exit_status=None, cpu=CpuTimes(),
             memory_usage=MemoryUsage(assigned=128 * MIB, resident=40 * MIB, shared=36 * MIB, private=4 * MIB),
-            memory_events=MemoryEvents(),
+            memory_waiting=False, memory_events=MemoryEvents(),
             exits=0, interrupts=0, world_switches=0, boots=1, crashes=0)
         self.exit_counts[name] = {}
 

@@ -65,6 +65,8 @@ class MemoryHost(Host):
         self.blobs: set[str] = set()
         self.images: dict[str, ImageView] = {}
         self.snapshots: dict[str, Guest] = {}
+        #: guests that stand still for memory
+        self.waiting: set[str] = set()
         #: what its books of memory have wrong
         self.wrong: list[str] = []
         self.migrations = MemoryMigrations(self.get, self._leave)
@@ -112,7 +114,8 @@ class MemoryHost(Host):
             kernel=spec.kernel, initrd=spec.initrd, append=spec.append, template=guest.template, worker=0,
             uptime_s=61.0, exit_status=None, cpu=CpuTimes(run=1.5),
             memory_usage=MemoryUsage(private=1 << 20, target=96 << 20),
-            memory_events=MemoryEvents(merged=5), exits=7, interrupts=1, world_switches=3, boots=1, crashes=0)
+            memory_waiting=name in self.waiting, memory_events=MemoryEvents(merged=5), exits=7, interrupts=1,
+            world_switches=3, boots=1, crashes=0)
 
     def exits(self, name: str) -> list[ExitRow]:
         self._guest(name)

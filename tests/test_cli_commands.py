@@ -222,6 +222,16 @@ def test_memory_is_a_line_a_guest_and_one_for_the_host(ctl: Ctl) -> None:
     assert (whole["host"]["state"], whole["host"]["wrong"]) == ("soft", None)
 
 
+def test_guests_that_stand_still_for_memory_are_named(ctl: Ctl, served: ServedHost) -> None:
+    for name in "a", "b", "c":
+        ctl("create", name, "--kernel", "KERNEL")
+    served.host.waiting = {"a", "c"}
+    assert ctl("memory").stdout.endswith(", at their limit and standing still: a c\n")
+    assert "standing still" not in ctl("memory", "b").stdout
+    whole = json.loads(ctl("memory", "--format", "json").stdout)
+    assert [vm["waiting"] for vm in whole["vms"]] == [True, False, True]
+
+
 def test_books_are_checked_when_asked(ctl: Ctl, served: ServedHost, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the books are right" in ctl("memory", "--check").stdout
     assert json.loads(ctl("memory", "--check", "--format", "json").stdout)["host"]["wrong"] == []

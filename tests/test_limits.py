@@ -149,6 +149,7 @@ async def rounds(host: ToldHost, vm: Vm, count: int) -> int:
         nonlocal most
         most = max(most, resident(vm))
         before(vm)
+        assert vm.view().memory_waiting
 
     leases.on_limit = note
     goal = vm.console.written + count
@@ -232,17 +233,17 @@ class Refusals:
         #: what its worker is told
         self.told: list[Message] = []
         self.vm.worker = SimpleNamespace(send=self.told.append)     # type: ignore[assignment]
-        self._leases: Any = SimpleNamespace()
+        self.leases: Any = SimpleNamespace()
 
         async def evict(vm: Vm, count: int, shared: bool) -> int | None:
             return room
 
-        self.rationing = Rationing(self._leases, evict)
+        self.rationing = Rationing(self.leases, evict)
 
     async def refused(self) -> list[Message]:
         """What its worker is told when the guest was refused a frame."""
         self.told.clear()
-        self._leases.on_limit(self.vm)
+        self.leases.on_limit(self.vm)
         await trio.testing.wait_all_tasks_blocked()
         return self.told
 
@@ -262,6 +263,28 @@ async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blo
         rationing.set(vm, Most(1, own=0))
         assert await refused() == []
         nursery.cancel_scope.cancel()
+
+
+async def test_a_guest_waits_from_its_refusal_until_it_can_try_again() -> None:
+    for room in 0, 5:
+        guest = Refusals(room)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.rationing.run)
+            guest.leases.on_limit(guest.vm)
+            assert guest.vm.memory_state.waits
+            await trio.testing.wait_all_tasks_blocked()
+            assert guest.vm.memory_state.waits == (not room)
+            guest.rationing.set(guest.vm, Most(2))
+            assert not guest.vm.memory_state.waits
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_guest_that_no_worker_has_waits_for_nothing(told: ToldHost) -> None:
+    await told.running("vm")
+    told.host._guests.vms["vm"].memory_state.waits = True
+    assert told.host.get("vm").memory_waiting
+    await told.host.pause("vm").outcome()
+    assert not told.host.get("vm").memory_waiting
 
 
 async def test_a_guest_that_is_being_migrated_does_not_stand_still_at_its_limit(

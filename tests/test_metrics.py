@@ -84,7 +84,7 @@ async def test_memory_of_a_vm_is_described(fleet: Fleet) -> None:
         assigned=128 * MIB, resident=9 * MIB, private=8 * MIB, shared=MIB, ballooned=2 * MIB, swapped=3 * MIB,
         working_set=4 * MIB, target=5 * MIB, guest_free=6 * MIB, guest_available=7 * MIB,
         guest_total=120 * MIB)
-    fleet.change("web", memory_usage=usage)
+    fleet.change("web", memory_usage=usage, memory_waiting=True)
     samples = parse((await scrape(fleet)).text)
     for kind in ("assigned", "resident", "private", "shared", "ballooned", "swapped", "working_set",
                  "target"):
@@ -95,6 +95,7 @@ async def test_memory_of_a_vm_is_described(fleet: Fleet) -> None:
     assert value(samples, "hostd_vm_memory_reservation_bytes", name="web") == 16 * MIB
     assert value(samples, "hostd_vm_memory_limit_bytes", name="web") == 128 * MIB
     assert value(samples, "hostd_vm_memory_shares", name="web") == 1280
+    assert [value(samples, "hostd_vm_memory_waiting", name=name) for name in ("web", "db")] == [1, 0]
     expected = {"merged": 100, "broken": 10, "zeroed": 20, "swapped_out": 40, "swapped_in": 30,
                 "inflated": 50, "deflated": 60, "reported": 70}
     assert {event: value(samples, "hostd_vm_memory_pages_total", name="web", event=event)

@@ -30,11 +30,11 @@ def memory_command(session: Session, names: tuple[str, ...], check: bool) -> Non
     vms = [client.vm(name) for name in session.expand(names)] if names else client.vms()
     host = client.memory(check)
     if session.json:
-        print_json({"vms": [{"name": vm.name, **msgspec.to_builtins(vm.memory_usage)} for vm in vms],
-                    "host": host})
+        print_json({"vms": [{"name": vm.name, **msgspec.to_builtins(vm.memory_usage),
+                             "waiting": vm.memory_waiting} for vm in vms], "host": host})
     else:
         print_table(_HEADINGS, [_row(vm) for vm in vms])
-        click.echo(_describe(host))
+        click.echo(_describe(host, [vm.name for vm in vms if vm.memory_waiting]))
     _complain(host.wrong or [])
 
 
@@ -46,8 +46,8 @@ def _row(vm: VmView) -> tuple[Any, ...]:
               for count in (usage.working_set, usage.target, usage.guest_free)))
 
 
-def _describe(host: MemoryView) -> str:
-    """The host in one line."""
+def _describe(host: MemoryView, waiting: list[str]) -> str:
+    """The host in one line, and who is `waiting` for more than it may have."""
     parts = [f"{size(host.free)} of {size(host.pool)} free ({host.state})"]
     parts += [f"{size(getattr(host, what))} {what}" for what in ("private", "shared", "overhead", "lent")]
     parts.append(f"{size(host.saved)} saved by sharing ({host.scan_rate:.0f} pages/s scanned)")
@@ -56,6 +56,8 @@ def _describe(host: MemoryView) -> str:
                  else "no swap")
     if host.waiting:
         parts.append(f"{host.waiting} workers wait for memory")
+    if waiting:
+        parts.append(f"at their limit and standing still: {' '.join(waiting)}")
     if host.wrong == []:
         parts.append("the books are right")
     return f"host: {', '.join(parts)}"
