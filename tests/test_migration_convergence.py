@@ -15,6 +15,7 @@ from hostd.migration.convergence import (
     FORCED,
     MAX_ROUNDS,
     PATIENCE,
+    SETTLE_S,
     STEPS,
     Answer,
     Continue,
@@ -115,6 +116,15 @@ def test_one_that_nothing_helps_goes_by_postcopy() -> None:
     assert (answer, downtime) == (PostCopy(), OVERHEAD)
     assert tuple(guest.throttles) == STEPS
     assert guest.rounds == 1 + PATIENCE + len(STEPS)
+
+
+def test_a_moment_in_which_the_host_is_slow_is_no_reason_to_hold_it() -> None:
+    """A small guest's rounds are short: eight of them were over before a throttle had come to anything."""
+    policy = PreCopy("precopy", ALLOWED, False, OVERHEAD)
+    slow = Round(64, 64, SETTLE_S * 0.45, 64)
+    assert [policy.after(slow) for _ in range(6)] == [
+        Continue(), Continue(), Throttle(STEPS[0]), Continue(), Continue(), Throttle(STEPS[1])]
+    assert policy.after(Round(64, 64, 0.01, 64)) == Stop()
 
 
 def test_where_there_is_no_postcopy_it_stops_or_stays() -> None:

@@ -24,8 +24,10 @@ STEPS = (70, 50, 30, 20, 10, 5)
 SHRUNK = 0.7
 #: rounds in a row that may fail to shrink it: guests have their moments
 PATIENCE = 1
+#: seconds until it is seen what a throttle comes to, and a line is known: a host has its moments, too
+SETTLE_S = 0.1
 #: rounds there may be in all
-MAX_ROUNDS = 30
+MAX_ROUNDS = 60
 #: so many of the last rounds are looked at for what a page costs: the largest of them knows best, since
 #: waiting for the other end is the least part of it
 MEMORY = 3
@@ -102,10 +104,13 @@ class PreCopy:
         self._recent: deque[Round] = deque(maxlen=MEMORY)
         self._rounds = 0
         self._misses = 0
+        #: seconds since the guest was throttled last, or copying began
+        self._settling = 0.0
 
     def after(self, round: Round) -> Answer:
         """What follows the round.  Anything but Continue and Throttle is the last answer."""
         self._rounds += 1
+        self._settling += round.seconds
         self._recent.append(round)
         self.dirty_rate = round.dirty / max(round.seconds, 1e-6)
         sending = self._left(round) * self._cost()
@@ -118,8 +123,9 @@ class PreCopy:
             self._misses = 0
             return Continue()
         self._misses += 1
-        if self._misses <= PATIENCE:
+        if self._misses <= PATIENCE or self._settling < SETTLE_S:
             return Continue()
+        self._settling = 0.0
         lower = [step for step in STEPS if self.throttle is None or step < self.throttle]
         if not lower:
             return self._last_resort()
