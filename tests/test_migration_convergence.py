@@ -124,7 +124,8 @@ def test_a_moment_in_which_the_host_is_slow_is_no_reason_to_hold_it() -> None:
     slow = Round(64, 64, SETTLE_S * 0.45, 64)
     assert [policy.after(slow) for _ in range(6)] == [
         Continue(), Continue(), Throttle(STEPS[0]), Continue(), Continue(), Throttle(STEPS[1])]
-    assert policy.after(Round(64, 64, 0.01, 64)) == Stop()
+    fast = Round(64, 64, SETTLE_S * 0.1, 64)
+    assert [policy.after(fast) for _ in range(3)] == [Continue(), Continue(), Stop()]
 
 
 def test_where_there_is_no_postcopy_it_stops_or_stays() -> None:
