@@ -25,7 +25,7 @@ NUM_PAGES, ACTUAL = 0, 4
 _CONFIG = struct.Struct("<II")
 
 #: pages in one step: to let go of one takes microseconds, and more where translated code has it mapped
-MOST_PAGES = 64
+MOST_PAGES = 32
 
 #: what a driver can say of its guest's memory (5.5.6.4), in bytes but for faults and huge pages
 STATISTICS = ("swap_in", "swap_out", "major_faults", "minor_faults", "free", "total", "available", "caches",
