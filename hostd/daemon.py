@@ -126,7 +126,7 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                     log.info("ready", extra={"socket": str(config.socket), "metrics": host.metrics_url})
                     await _obey(signals, host, configure, notifier)
                     notifier.stopping("stopping guests")
-                    await _shut_down(signals, host)
+                    await _shut_down(signals, host, notifier)
                     closing.set()
                     servers.cancel_scope.deadline = trio.current_time() + serving.DRAIN_S
         finally:
@@ -156,7 +156,7 @@ async def _obey(signals: AsyncIterator[int], host: Host, configure: Callable[[],
         notifier.ready(host.summary())
 
 
-async def _shut_down(signals: AsyncIterator[int], host: Host) -> None:
+async def _shut_down(signals: AsyncIterator[int], host: Host, notifier: Notifier) -> None:
     """Stop guests and workers; at once after another ending signal."""
     async with trio.open_nursery() as nursery:
 
@@ -166,7 +166,7 @@ async def _shut_down(signals: AsyncIterator[int], host: Host) -> None:
                     nursery.cancel_scope.cancel()
 
         nursery.start_soon(lose_patience)
-        await host.shut_down()
+        await host.shut_down(notifier.extend)
         nursery.cancel_scope.cancel()
 
 

@@ -137,11 +137,12 @@ class Host:
         nursery.start_soon(self.migrations.run)
         await self._powering.come_up()
 
-    async def shut_down(self) -> None:
-        """Stop or suspend all guests as the configuration says, then stop all workers."""
+    async def shut_down(self, alive: Callable[[], None] = lambda: None) -> None:
+        """Stop or suspend all guests as the configuration says, then stop all workers.  What takes long calls
+        `alive`, in any thread, for as long as it gets on."""
         self._guests.closing = True
         await self.migrations.go_down()
-        await self._powering.go_down()
+        await self._powering.go_down(alive)
         self._workers.quit()
         self.events.close()
         for vm in self._guests.vms.values():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -12,6 +13,9 @@ from contextlib import suppress
 #: sd_listen_fds(3): passed descriptors begin here
 LISTEN_FDS_START = 3
 
+#: seconds that work which makes progress gets from each sign of it on, and between two signs that are sent
+EXTEND_S, EXTEND_EVERY_S = 120, 5
+
 
 class Notifier:
     """Datagrams to $NOTIFY_SOCKET; silent where there is none."""
@@ -19,6 +23,7 @@ class Notifier:
     def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
         address = environ.get("NOTIFY_SOCKET", "")
         self._socket: socket.socket | None = None
+        self._extended = -math.inf
         if address.startswith(("/", "@")):
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
@@ -41,6 +46,14 @@ class Notifier:
 
     def stopping(self, status: str) -> None:
         self.send("STOPPING=1", f"STATUS={status}")
+
+    def extend(self) -> None:
+        """The start or the stop under way makes progress: that it takes long is no reason to kill the daemon.
+        For any thread, as often as there is progress."""
+        now = time.monotonic()
+        if now - self._extended >= EXTEND_EVERY_S:
+            self._extended = now
+            self.send(f"EXTEND_TIMEOUT_USEC={EXTEND_S * 1_000_000}")
 
     def status(self, status: str) -> None:
         self.send(f"STATUS={status}")

@@ -55,9 +55,9 @@ class Powering:
             if vm.definition.autostart and vm.state in AT_REST and not self._guests.closing:
                 self._start(vm)
 
-    async def go_down(self) -> None:
+    async def go_down(self, alive: Callable[[], None]) -> None:
         """Stop all guests, by the power button as long as host.shutdown_timeout allows, or suspend them if
-        host.on_shutdown says so."""
+        host.on_shutdown says so: `alive` is called then, in any thread, for as long as that gets on."""
         self._guests.closing = True
         config = self._config().host
         suspended: set[str] = set()
@@ -65,7 +65,7 @@ class Powering:
             await self._resumed.wait()
             for vm in self._guests.vms.values():
                 self._guests.give_up_start(vm)
-            suspended = await self._suspender().suspend()
+            suspended = await self._suspender().suspend(alive)
         async with trio.open_nursery() as nursery:
             for vm in list(self._guests.vms.values()):
                 self._guests.give_up_start(vm)

@@ -147,13 +147,13 @@ def _write_guest(path: Path, block: VmBlock, state: bytes, definition: bytes, ba
             step("writing pages", 0.1 + 0.8 * start / len(pages))
             piece = slice(start, start + PIECE)
             writer.add_frames(pages[piece], frames[piece], block.pool.view)
-        add_slots(writer, in_files, numbers_of(leaf[in_files]), block.p2m.fetch)
+        _add_slots(writer, in_files, numbers_of(leaf[in_files]), block.p2m.fetch)
         step("syncing", 0.95)
         check_wanted()
         writer.finish()
 
 
-def add_slots(writer: SnapshotWriter, pages: np.ndarray, slots: np.ndarray,
+def _add_slots(writer: SnapshotWriter, pages: np.ndarray, slots: np.ndarray,
                fetch: Callable[[int, memoryview], None]) -> None:
     """Pages that are in a file already."""
     contents = memoryview(bytearray(PAGE))

@@ -214,6 +214,17 @@ def test_the_status_follows_the_guests(start_daemon: Start, tmp_path: Path, kern
         pass
 
 
+def test_a_host_that_is_being_suspended_asks_for_time(start_daemon: Start, tmp_path: Path,
+                                                      kernel: bytes) -> None:
+    manager = Manager(tmp_path)
+    daemon = start_daemon(env={"NOTIFY_SOCKET": manager.path}, config='on_shutdown = "suspend"\n')
+    daemon.create("vm", kernel, start=True)
+    daemon.wait("vm", state="running")
+    assert daemon.stop() == 0
+    manager.hear_until("STOPPING")
+    assert int(manager.hear_until("EXTEND_TIMEOUT_USEC")["EXTEND_TIMEOUT_USEC"]) > 0
+
+
 def test_the_watchdog_is_fed(start_daemon: Start, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     start_daemon(env={"NOTIFY_SOCKET": manager.path, "WATCHDOG_USEC": "100000"})

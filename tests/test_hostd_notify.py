@@ -43,6 +43,19 @@ def test_reloading_tells_the_time(manager: tuple[str, socket.socket]) -> None:
     assert monotonic.startswith(b"MONOTONIC_USEC=") and monotonic.removeprefix(b"MONOTONIC_USEC=").isdigit()
 
 
+def test_what_gets_on_is_given_time_but_the_manager_is_not_told_all_the_while(
+        manager: tuple[str, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    address, end = manager
+    notifier = Notifier({"NOTIFY_SOCKET": address})
+    times = [0.0, 0.1, 4.9, 5.0, 9.9]
+    monkeypatch.setattr(notify.time, "monotonic", iter(times).__next__)
+    for _ in times:
+        notifier.extend()
+    assert [end.recv(4096) for _ in range(2)] == [b"EXTEND_TIMEOUT_USEC=120000000"] * 2
+    with pytest.raises(BlockingIOError):
+        end.recv(4096)
+
+
 def test_without_a_manager_nothing_is_sent() -> None:
     Notifier({}).ready("ready")
 

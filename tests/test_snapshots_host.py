@@ -124,6 +124,23 @@ def test_a_restored_guest_is_suspended_with_what_is_still_in_its_file(start_daem
     goes_on(second, "new", printed)
 
 
+def test_a_guest_with_a_page_that_is_lost_is_powered_off_and_the_others_are_suspended(
+        start_daemon: Start, tmp_path: Path) -> None:
+    first = start_daemon(config=SUSPEND)
+    count(first, "vm")
+    file = first.do("vm", "snapshot")["file"]
+    assert operation(first, "/restore", file=file, name="new")["status"] == "done"
+    paused(first, "new")
+    Path(file).write_bytes(b"")
+    printed = rounds(first.console("vm"))[-1]
+    assert first.stop() == 0
+    assert 'msg="guest not suspended" vm=new why="a page of its memory is lost' in first.said()
+    assert {path.name for path in (tmp_path / "state" / "suspended").iterdir()} == {"_pages.snap", "vm.snap"}
+    second = start_daemon()
+    assert settled(second) == {"new": "defined", "vm": "running"}
+    goes_on(second, "vm", printed)
+
+
 def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[200] ^= 1
