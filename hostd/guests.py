@@ -322,10 +322,16 @@ class Guests:
             return
         raise Conflict(f"the start of VM {vm.name} was given up")
 
-    async def launch_clone(self, vm: Vm, state: bytes) -> None:
-        """Give a clone, or a restored VM, whose memory is there, to a worker."""
-        vm.begin_life()
-        await self.hand_over(vm, state, Trigger.LOADED)
+    async def launch(self, vm: Vm, state: bytes) -> None:
+        """Have a worker run a guest in STARTING whose memory is there; if none can it is paused, and can be
+        resumed.  The caller holds the lock."""
+        try:
+            await self.hand_over(vm, state, Trigger.LOADED)
+        except HostError as error:
+            if vm.state == State.STARTING:
+                vm.parked = state
+                vm.follow(Trigger.PAUSE, str(error))
+            raise
 
     async def _cut(self, vm: Vm) -> None:
         """Cut the power.  The caller holds the lock."""

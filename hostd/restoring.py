@@ -81,11 +81,12 @@ class Restorer:
             with self.opened_stores(opened.snapshot.stores) as numbers:
                 vm.block = self._memory.books.new(definition.memory)
                 self.refer(vm.block, opened.snapshot.index, numbers)
-            self._guests.add(vm)
-            vm.stopping = True                      # should it end at once, nobody restarts it
-            async with self._guests.changing(vm):
+            async with self._guests.changing(vm):   # nobody knows it yet: nobody is first
+                self._guests.add(vm)
+                vm.stopping = True                  # should it end at once, nobody restarts it
                 vm.follow(Trigger.START)
-                await self._guests.launch_clone(vm, opened.snapshot.state)
+                vm.begin_life()
+                await self._guests.hand_over(vm, opened.snapshot.state, Trigger.LOADED)
             vm.stopping = False
         except BaseException:
             if vm.block is not None:

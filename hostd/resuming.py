@@ -135,13 +135,7 @@ class Resumer:
                     vm.parked = state
                     vm.follow(Trigger.PAUSE)
                     return
-                try:
-                    await self._guests.hand_over(vm, state, Trigger.LOADED)
-                except HostError as error:
-                    if vm.state is State.STARTING:
-                        vm.parked = state
-                        vm.follow(Trigger.PAUSE, str(error))
-                    raise
+                await self._guests.launch(vm, state)
         except HostError as error:
             log.error("guest not resumed", extra={"vm": vm.name, "why": str(error)})
 

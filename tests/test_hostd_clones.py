@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import trio
 import trio.testing
 
 from hostd.errors import Conflict, Failed, Invalid
+from hostd.model import CloneRequest, StopRequest
+from hostd.operations import Operation
 from tests.told_host import ToldHost
 
 
@@ -85,6 +88,64 @@ async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.M
     assert told.host.get("template").state == "running"
     monkeypatch.undo()
     await told.clone("template", "a")
+
+
+def at_the_start(monkeypatch: pytest.MonkeyPatch, act: Callable[[Operation], object]) -> None:
+    """Do something when the clones are there, and none has had its turn."""
+    real = Operation.step
+
+    def step(operation: Operation, phase: str, progress: float) -> None:
+        real(operation, phase, progress)
+        if operation.kind == "clone" and phase == "starting":
+            act(operation)
+
+    monkeypatch.setattr(Operation, "step", step)
+
+
+async def test_clones_that_are_called_off_while_they_start_are_not_made(
+        told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    await told.running("template")
+    at_the_start(monkeypatch, lambda operation: told.host.operations.cancel(operation.id))
+    clone = told.host.clone("template", CloneRequest(names=["a", "b", "c"], start=True))
+    await clone.wait()
+    assert clone.status == "cancelled"
+    assert [(view.name, view.state) for view in told.host.views()] == [("template", "running")]
+    assert told.definitions() == {"template.json"}
+    await told.host.destroy("template", force=True).outcome()
+    assert told.host.frames().overhead == 1 and told.host.frames().shared == 0
+
+
+async def test_clones_that_no_worker_takes_are_paused(told: ToldHost,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    async def none() -> None:
+        raise Failed("no worker process is ready")
+
+    await told.running("template")
+    await told.host.pause("template").outcome()
+    monkeypatch.setattr(told.host._workers, "wait_ready", none)
+    with pytest.raises(Failed, match="no worker process is ready"):
+        await told.clone("template", "a", "b")
+    monkeypatch.undo()
+    for name in "a", "b":
+        view = told.host.get(name)
+        assert (view.state, view.reason) == ("paused", "no worker process is ready")
+        await told.host.resume(name).outcome()
+
+
+async def test_a_clone_whose_turn_has_not_come_can_be_stopped_but_not_started(
+        told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopping = []
+
+    def act(operation: Operation) -> None:
+        with pytest.raises(Conflict, match="VM a is starting: start is not possible now"):
+            told.host.start("a")
+        stopping.append(told.host.stop("b", StopRequest(force=True)))
+
+    await told.running("template")
+    at_the_start(monkeypatch, act)
+    await told.clone("template", "a", "b")
+    await stopping[0].outcome()
+    assert (told.host.get("a").state, told.host.get("b").state) == ("running", "halted")
 
 
 async def test_names_of_clones_are_checked(told: ToldHost) -> None:
