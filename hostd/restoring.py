@@ -81,6 +81,7 @@ class Restorer:
             with self.opened_stores(opened.snapshot.stores) as numbers:
                 vm.block = self._memory.books.new(definition.memory)
                 self.refer(vm.block, opened.snapshot.index, numbers)
+                opened.saved.mark_ballooned(vm.block)
             async with self._guests.changing(vm):   # nobody knows it yet: nobody is first
                 self._guests.add(vm)
                 vm.stopping = True                  # should it end at once, nobody restarts it

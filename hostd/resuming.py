@@ -51,6 +51,9 @@ class Resumer:
             files = await trio.to_thread.run_sync(_open_all, folder, [vm.name for vm in vms])
             waiting = [vm for vm in vms if vm.state is State.STARTING]
             await self._build(waiting, [files[vm.name][0] for vm in waiting])
+            for vm in waiting:
+                assert vm.block is not None
+                files[vm.name][1].mark_ballooned(vm.block)
             await trio.to_thread.run_sync(_remove, directory)
         except Exception as error:
             # a mistake of ours, too, must not keep the daemon from starting for ever

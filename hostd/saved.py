@@ -6,15 +6,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 import trio
 
 from hostd.definition import Definition
 from hostd.memory_state import MemoryState
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
+from vmm.memory.pool import PAGE
 from vmm.state import decode
+
+if TYPE_CHECKING:
+    from vmm.memory.block import VmBlock
 
 
 class Life(msgspec.Struct, kw_only=True, frozen=True):
@@ -58,9 +64,26 @@ _COUNTERS = (frozenset(field.name for field in fields(MemoryState))
              - {"balloon_target", "working_set", "looked", "waits"})
 
 
-class SavedVm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class SavedVm(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     definition: Definition
     life: Life | None = None
+    #: a bit for each page, lowest first: whether the guest's balloon driver has given it back; empty: none
+    ballooned: bytes = b""
+
+    @classmethod
+    def of(cls, definition: Definition, block: VmBlock, life: Life | None = None) -> SavedVm:
+        """A VM whose memory, in `block`, nobody writes."""
+        given = np.zeros(block.pages, dtype=bool)
+        given[block.ballooned()] = True
+        return cls(definition=definition, life=life,
+                   ballooned=np.packbits(given, bitorder="little").tobytes() if given.any() else b"")
+
+    def mark_ballooned(self, block: VmBlock) -> None:
+        """Have the pages count as given back, once those with contents are in `block`: its device goes on
+        with as many."""
+        if self.ballooned:                          # numpy unpacks garbage out of nothing
+            bits = np.frombuffer(self.ballooned, dtype=np.uint8)
+            block.mark_ballooned(np.flatnonzero(np.unpackbits(bits, count=block.pages, bitorder="little")))
 
 
 def encode_saved(saved: SavedVm) -> bytes:
@@ -82,6 +105,8 @@ def _check(snapshot: Snapshot) -> SavedVm:
     if not definition.memory == snapshot.memory_bytes == state.memory_bytes:
         raise ValueError(f"memory of {definition.memory} bytes is defined, and {state.memory_bytes} bytes "
                          f"are in its state, {snapshot.memory_bytes} in its pages")
+    if len(saved.ballooned) not in (0, -(-definition.memory // (8 * PAGE))):
+        raise ValueError(f"{len(saved.ballooned)} bytes say which pages are in its balloon")
     if state.monitor != definition.vmm:
         raise ValueError(f"its state is of monitor {state.monitor}, and {definition.vmm} is defined")
     return saved

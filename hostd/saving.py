@@ -61,11 +61,11 @@ class Saver:
             if base is not None:
                 basis = await trio.to_thread.run_sync(_verified, folder, base.name)
             async with self._guests.changing(vm):
-                definition = encode_saved(SavedVm(definition=vm.definition))
+                definition = vm.definition
                 copy = await copy_guest(self._guests, self._memory, vm)
             try:
-                await trio.to_thread.run_sync(
-                    _write_guest, path, copy.block, copy.state, definition, basis, step)
+                saved = encode_saved(SavedVm.of(definition, copy.block))
+                await trio.to_thread.run_sync(_write_guest, path, copy.block, copy.state, saved, basis, step)
             finally:
                 self._guests.free_copy(copy.block)
         finally:

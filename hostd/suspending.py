@@ -139,7 +139,7 @@ def _member(vm: Vm, paused: bool) -> _Member:
     """A parked guest; `paused`: by a user."""
     assert vm.block is not None
     return _Member(vm, vm.block, vm.parked,
-                   encode_saved(SavedVm(definition=vm.definition, life=Life.of(vm, paused))))
+                   encode_saved(SavedVm.of(vm.definition, vm.block, Life.of(vm, paused))))
 
 
 def _write_pages(path: Path, blocks: Sequence[VmBlock],

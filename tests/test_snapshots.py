@@ -180,15 +180,18 @@ def test_a_torn_or_damaged_file_is_refused(daemon: PrivateDaemon, counting: str,
 def test_a_file_whose_parts_do_not_fit_each_other(daemon: PrivateDaemon, counting: str,
                                                   tmp_path: Path) -> None:
     good = Snapshot.open(save(daemon, "vm"))
-    saved = encode_saved(SavedVm(definition=saved_in(good).definition))
-    for memory, state, definition, sentence in (
+    definition = saved_in(good).definition
+    saved = encode_saved(SavedVm(definition=definition))
+    for memory, state, said, sentence in (
             (good.memory_bytes, b"", saved, "pages only"),
             (good.memory_bytes, b"nonsense", saved, "not a machine state"),
+            (good.memory_bytes, good.state, encode_saved(SavedVm(definition=definition, ballooned=b"x")),
+             "1 bytes say which pages are in its balloon"),
             (good.memory_bytes, good.state, b"{}", "missing required field `definition`"),
             (good.memory_bytes + 4096, good.state, saved, "bytes are in its state")):
         bad = tmp_path / "bad.snap"
         bad.unlink(missing_ok=True)
-        with SnapshotWriter(bad, memory, state=state, definition=definition) as writer:
+        with SnapshotWriter(bad, memory, state=state, definition=said) as writer:
             writer.finish()
         refused(daemon, bad, sentence)
     good.close()

@@ -73,11 +73,12 @@ class ToldHost:
 
 
 @asynccontextmanager
-async def real_host(directory: Path, tables: str = "") -> AsyncIterator[ToldHost]:
+async def real_host(directory: Path, tables: str = "", on_shutdown: str = "stop") -> AsyncIterator[ToldHost]:
     """A host in this process with real workers; `tables`: more of its configuration.  Its books are right in
     the end."""
     config = parse(f'[host]\nstate_dir = "{directory}/state"\nmemory = "64M"\nworkers = 2\n'
-                   f'shutdown_timeout = 0\n[scheduler]\nbalance_interval = 60\n{tables}')
+                   f'shutdown_timeout = 0\non_shutdown = "{on_shutdown}"\n'
+                   f'[scheduler]\nbalance_interval = 60\n{tables}')
     async with trio.open_nursery() as nursery:
         host = Host(config, nursery)
         nursery.start_soon(host.run)
@@ -85,5 +86,6 @@ async def real_host(directory: Path, tables: str = "") -> AsyncIterator[ToldHost
         await told.ready_workers()
         yield told
         await host.shut_down()
+        host.close()
         nursery.cancel_scope.cancel()
     assert host.check_memory() == []

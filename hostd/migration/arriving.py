@@ -161,7 +161,7 @@ class Arrival:
         if len(final.state) > MAX_MESSAGE // 2:
             raise Failed("its state is too large for a worker")
         if final.ballooned:
-            self._memory.ballooned(unpack_bitmap(final.ballooned, block.pages))
+            block.mark_ballooned(unpack_bitmap(final.ballooned, block.pages))
         if final.pages_left:
             left = unpack_bitmap(final.left, block.pages)
             if len(left) != final.pages_left:

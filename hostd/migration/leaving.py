@@ -151,7 +151,7 @@ class Leaving:
         await talk.send(Final(
             state=state, life=encode_saved(life), paused=stopped.paused, pages_left=len(left),
             left=pack_bitmap(left, pages) if len(left) else b"",
-            ballooned=pack_bitmap(OutgoingMemory(vm.block).ballooned(), pages)))
+            ballooned=pack_bitmap(vm.block.ballooned(), pages)))
         await copying.confirmed()
         await talk.expect(Ready)
         self._ready_ns = time.monotonic_ns()

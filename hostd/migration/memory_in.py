@@ -136,11 +136,6 @@ class IncomingMemory:
         books.refer(self._block, pages, slots)
         return store
 
-    def ballooned(self, pages: np.ndarray) -> None:
-        """The guest had given these pages back; those without a frame are marked so."""
-        leaf = self._block.leaf()
-        leaf[pages[leaf[pages] == 0]] = np.uint64(Kind.BALLOONED << KIND_SHIFT)
-
 
 def take(memory: MachineMemory, count: int) -> np.ndarray:
     """Frames, on loan to the daemon.  Raises Failed when there are not so many."""

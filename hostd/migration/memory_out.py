@@ -47,10 +47,6 @@ class OutgoingMemory:
         leaf = self._block.leaf()
         return np.flatnonzero(_framed(leaf) | ((leaf & np.uint64(STORED)) != 0))
 
-    def ballooned(self) -> np.ndarray:
-        """Pages the guest has given back."""
-        return np.flatnonzero(_kinds(self._block.leaf()) == _BALLOONED)
-
     def read(self, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Copies of the pages, (n, 4096) bytes, and which of them have no contents (they are zeroes then).
 

@@ -21,6 +21,7 @@ from vmm.memory.reclaim import freeze
 from vmm.stats import Accounting, ExitStats
 
 _TABLES_AT = 3
+_BALLOONED = np.uint64(Kind.BALLOONED << KIND_SHIFT)
 
 
 def check_memory_size(memory_bytes: int) -> None:
@@ -59,6 +60,15 @@ class VmBlock:
     def leaf(self) -> np.ndarray:
         """The P2M array (one uint64 a guest page), for work on many pages at once."""
         return np.frombuffer(self.p2m.leaf, dtype=np.uint64)
+
+    def ballooned(self) -> np.ndarray:
+        """The pages that the guest has given back (vmm/devices/virtio/balloon.py), ascending."""
+        return np.flatnonzero((self.leaf() & np.uint64(KIND_MASK)) == _BALLOONED)
+
+    def mark_ballooned(self, pages: np.ndarray) -> None:
+        """The guest had given these pages back; those that have contents it must have taken again."""
+        leaf = self.leaf()
+        leaf[pages[leaf[pages] == 0]] = _BALLOONED
 
     def memory_counts(self) -> dict[str, int]:
         """Pages of the guest by kind: assigned, resident (private or shared), ballooned, stored in a file."""
