@@ -18,6 +18,8 @@ from hostd.errors import Failed
 
 #: directories of the guests of a suspended host, and of one that is about to be (hostd/suspending.py)
 SUSPENDED, SUSPENDING = "suspended", "suspending"
+#: what is left of the first when the guests go on (hostd/resuming.py)
+RESUMED = "suspended.resumed"
 #: how the names of snapshots end
 SUFFIX = ".snap"
 
@@ -34,7 +36,7 @@ class Inventory:
         self._directory = state_dir / "vms"
         self._lock = _lock(state_dir / "lock")
         storage.make_directory(self._directory)
-        self._suspended = state_dir / SUSPENDED
+        self._suspended, self._resumed = state_dir / SUSPENDED, state_dir / RESUMED
         shutil.rmtree(state_dir / SUSPENDING, ignore_errors=True)
 
     def close(self) -> None:
@@ -46,9 +48,14 @@ class Inventory:
 
     def suspended(self) -> set[str] | None:
         """Names of the VMs that were suspended with the host; None: it was not."""
-        if not self._suspended.is_dir():
-            return None
-        return {path.name.removesuffix(SUFFIX) for path in self._suspended.glob("*" + SUFFIX)}
+        return _members(self._suspended)
+
+    def lost(self) -> set[str]:
+        """Names of the VMs that went on, or were about to, when a daemon that resumed its host was killed.
+        Told once: what is left of their files is removed."""
+        lost = _members(self._resumed)
+        shutil.rmtree(self._resumed, ignore_errors=True)
+        return lost or set()
 
     def save(self, definitions: Sequence[Definition]) -> None:
         """Keep the definitions, new or changed.  If one cannot be written, none of the new ones stays."""
@@ -74,6 +81,12 @@ class Inventory:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.json"
+
+
+def _members(directory: Path) -> set[str] | None:
+    if not directory.is_dir():
+        return None
+    return {path.name.removesuffix(SUFFIX) for path in directory.glob("*" + SUFFIX)}
 
 
 def _encode(definition: Definition) -> bytes:

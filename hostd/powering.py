@@ -41,6 +41,9 @@ class Powering:
             vm for name, vm in guests.vms.items() if name in suspended]
         for vm in self._suspended or ():
             vm.follow(Trigger.START, "the host was suspended")
+        for name in sorted(inventory.lost() & guests.vms.keys()):
+            guests.vms[name].reason = "lost: the daemon ended while it resumed the host"
+            log.error("guest lost: an earlier daemon ended while it resumed the host", extra={"vm": name})
         #: they are back, or will not come
         self._resumed = trio.Event()
 
