@@ -194,6 +194,20 @@ class Books:
         frames = self._charges[block.first].frames
         return np.flatnonzero((frames != 0) & (self.shares(frames) == 1))
 
+    def thawing(self, block: VmBlock, pages: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+        """Those of these pages of a guest that are `sole` are to have their frames for themselves again: the
+        number of a passage (see `send`), the pages and the frames.
+
+        Invariant: until `arrived` or `returned` the frames are with nobody but that passage, so that nobody
+        pins what somebody may write.
+        """
+        pages = pages[np.isin(pages, self.sole(block))]
+        charge = self._charges[block.first]
+        frames = charge.frames[pages].astype(np.int64)
+        charge.frames[pages] = 0
+        self._allocator.make_private(frames)
+        return self.send(frames), pages, frames
+
     def merged(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray, freed: np.ndarray) -> None:
         """Pages share `frames` now; they had been pinned once for each page, and the pin is used up."""
         charge = self._charges[block.first]

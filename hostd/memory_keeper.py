@@ -30,6 +30,7 @@ from hostd.policy.victims import NEW, aged, coldest
 from hostd.protocol import Most, SetBalloon
 from hostd.rationing import Rationing
 from hostd.reclaiming import Reclaimer
+from hostd.swapfile import NotStored
 from hostd.vm import Vm
 from vmm.memory.frames import FrameAllocator
 from vmm.memory.p2mbits import PRESENT
@@ -52,6 +53,8 @@ SAMPLE_S, LAZY_SAMPLE_S = 20.0, 60.0
 STATISTICS_S = 30.0
 #: between questions whether there is a balloon driver, which wake nobody
 DRIVER_S = 5.0
+#: how long nothing is swapped out once the swap file took no page
+REST_S = 10.0
 #: pages frozen, written and let go of at once
 BATCH = 1024
 
@@ -91,6 +94,8 @@ class MemoryKeeper:
         self._watches: dict[str, _Watch] = {}
         #: the last decision asked for nothing
         self._settled = False
+        #: until when nothing is swapped out, since that failed the last time
+        self._rests: float | None = None
         self._hunger = trio.Event()
         self._rationing = Rationing(guests.leases, self._evict)
         guests.leases.on_hunger = memory.on_want = self._hungry
@@ -237,6 +242,8 @@ class MemoryKeeper:
         """
         if vm.block is None:
             return None
+        if self._rests is not None and trio.current_time() < self._rests:
+            return 0
         watch = self._watches[vm.name] = self._watch(vm)
         done = 0
         try:
@@ -247,11 +254,16 @@ class MemoryKeeper:
             for start in range(0, min(count, len(cold)), BATCH):
                 chosen = coldest(cold, watch.history[cold], count)[start:start + BATCH]
                 done += await self._reclaimer.swap_out(vm, chosen)
+                self._rests = None
+        except NotStored as error:
+            if self._rests is None:
+                log.warning("no page can be swapped", extra={"why": str(error)})
+            self._rests = trio.current_time() + REST_S
         except Conflict as error:
             log.debug("guest not swapped", extra={"vm": vm.name, "why": str(error)})
             return None
         except HostError as error:
-            log.warning("no page can be swapped", extra={"vm": vm.name, "why": str(error)})
+            log.warning("guest not swapped", extra={"vm": vm.name, "why": str(error)})
         return done
 
     def _look(self, vm: Vm, watch: _Watch, shared: bool) -> np.ndarray:

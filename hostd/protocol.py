@@ -24,7 +24,7 @@ MAX_MESSAGE = 16 << 20
 MAX_CHUNK = 64 << 10
 
 Request = Literal["adopt", "release"]
-Reclaiming = Literal["freeze", "merge", "zeros", "store", "watch", "install"]
+Reclaiming = Literal["freeze", "thaw", "merge", "zeros", "store", "watch", "install"]
 Logging = Literal["start", "collect", "stop"]
 #: how a guest can end by itself
 Ending = Literal["poweroff", "reset", "crashed", "exit"]

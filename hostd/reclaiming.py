@@ -9,13 +9,13 @@ is left alone: all methods raise Conflict then.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 import trio
 
-from hostd.errors import Conflict
+from hostd.errors import Conflict, HostError
 from hostd.guests import Guests
 from hostd.lifecycle import State
 from hostd.memory import MachineMemory
@@ -89,12 +89,12 @@ class Reclaimer:
         """Put pages that are watched, private or shared, into the swap file; how many were, and were not used
         meanwhile.
 
-        Raises Full, nothing having changed for the guest, when the swap file has no room.
+        Raises NotStored, nothing having changed for the guest, when the swap file does not take them.
         """
         books, swap = self._memory.books, self._memory.books.stores.swap
         if swap is None:
             return 0
-        done = frames = _NONE
+        done = frames = put = _NONE
         async with self._held(vm) as block:
             def settle_frozen(frozen: np.ndarray, their: np.ndarray) -> None:
                 nonlocal done, frames
@@ -106,7 +106,6 @@ class Reclaimer:
             contents = [self._memory.pool.page(frame) for frame in frames.tolist()]
             offsets = await trio.to_thread.run_sync(swap.write, contents)
             slots = np.array(offsets, dtype=np.int64)
-            put = _NONE
             try:
                 async with self._held(vm) as block:
                     def settle(put: np.ndarray, _: np.ndarray) -> None:
@@ -118,8 +117,28 @@ class Reclaimer:
                 swap.free(slots[~np.isin(done, put)].tolist())
         finally:
             books.unpin(frames)
+            await self._thaw(vm, done[~np.isin(done, put)])
         vm.memory_state.swapped_out += len(put)
         return len(put)
+
+    async def _thaw(self, vm: Vm, pages: np.ndarray) -> None:
+        """Pages were frozen in vain: have the guest write to them without a new frame for each.  If it is not
+        to be had, that is all it loses."""
+        books = self._memory.books
+        with suppress(HostError):
+            async with self._held(vm) as block:
+                passage, pages, frames = books.thawing(block, pages)
+                worker = None if vm.worker is None else vm.worker.index
+
+                def settle(done: np.ndarray, unused: np.ndarray) -> None:
+                    books.arrived(block, worker, passage, done, frames, unused)
+
+                try:
+                    if len(pages):
+                        await self._carry_out(vm, block, "thaw", settle, pages, frames)
+                except BaseException:
+                    books.returned(passage, frames)
+                    raise
 
     async def install(self, vm: Vm, store: int, pages: np.ndarray, frames: np.ndarray) -> int:
         """Pages that are in a remote `store` (Stores.open_remote), each named once, have come: they are in

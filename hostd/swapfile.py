@@ -41,8 +41,12 @@ _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
-class Full(Failed):
-    """The swap file may not, or cannot, grow.  Nothing was written."""
+class NotStored(Failed):
+    """The swap file takes no pages now.  Nothing was written."""
+
+
+class Full(NotStored):
+    """It may not, or cannot, grow."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ class SwapFile:
     def write(self, pages: Sequence[memoryview]) -> list[int]:
         """Store pages of 4096 bytes; returns their slots, in order, with one owner each: `ZERO` for zeroes.
 
-        Raises Full when the limit or the disk does not allow all of them, and Failed for another refusal of
-        the disk; then none is stored.
+        Raises Full when the limit or the disk does not allow all of them, and NotStored when the disk refuses
+        them otherwise; then none is stored.
         """
         records = [b"" if page == _ZEROES else encode(page) for page in map(bytes, pages)]
         kept = [record for record in records if record]
@@ -119,7 +123,7 @@ class SwapFile:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise Full(f"no space left for {self.path.name} in {self.path.parent}") from None
-            raise Failed(f"cannot write {self.path}: {error.strerror}") from None
+            raise NotStored(f"cannot write {self.path}: {error.strerror}") from None
 
     def read_into(self, slot: int, out: memoryview) -> None:
         """Put the page of a slot into `out` (4096 bytes).  Raises StoreError."""

@@ -14,9 +14,9 @@ import pytest
 import trio
 import trio.testing
 
+from hostd import memory_keeper
 from hostd.books import Books
 from hostd.definition import Definition
-from hostd.errors import Failed
 from hostd.events import Events
 from hostd.lifecycle import Policy
 from hostd.model import MONITORS, PAGE, VmPatch
@@ -24,7 +24,7 @@ from hostd.protocol import BalloonView, Message, Most, SetRation
 from hostd.ration import Ration
 from hostd.rationing import ROOM, STANDS_STILL, Rationing
 from hostd.saved import Life
-from hostd.swapfile import SwapFile
+from hostd.swapfile import NotStored, SwapFile
 from hostd.vm import Vm
 from tests.told_host import SOON, ToldHost, real_host
 from vmm.memory.block import new_block
@@ -193,7 +193,7 @@ async def test_without_swap_and_without_a_driver_a_guest_stands_still_at_its_lim
         host: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or with a disk that fails.  It says so, and goes on with a higher limit."""
     def fail(swap: SwapFile, contents: object) -> None:
-        raise Failed("cannot write: the disk is broken")
+        raise NotStored("cannot write: the disk is broken")
 
     monkeypatch.setattr(SwapFile, "write", fail)
     await host.running("vm", kernel=await host.blob(rounds_kernel(TOUCHED)), memory=MEMORY, limit=LIMIT)
@@ -205,6 +205,27 @@ async def test_without_swap_and_without_a_driver_a_guest_stands_still_at_its_lim
     await host.host.update("vm", VmPatch(limit=MEMORY))
     await rounds(host, vm, 2)
     assert vm.reason == "" and resident(vm) >= TOUCHED
+
+
+@pytest.mark.parametrize("monitor", MONITORS)
+@pytest.mark.parametrize("host", ["32K"], indirect=True)
+async def test_a_full_swap_file_changes_nothing_for_a_guest_which_goes_on_when_there_is_room(
+        host: ToldHost, monitor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_keeper, "REST_S", 0.1)
+    kernel = await host.blob(rounds_kernel(TOUCHED))
+    await host.running("other", kernel=kernel, memory=MEMORY, limit=LIMIT, vmm=monitor)
+    await rounds(host, host.host._guests.vms["other"], 2)
+    await host.host.pause("other").outcome()
+    await host.running("vm", kernel=kernel, memory=MEMORY, limit=LIMIT, vmm=monitor)
+    vm = host.host._guests.vms["vm"]
+    with trio.fail_after(SOON):
+        while vm.reason != STANDS_STILL:
+            await vm.activity.wait()
+    assert vm.block is not None and vm.block.memory_counts()["shared"] == 0, "nothing is left frozen"
+    assert host.host.check_memory() == []
+    await host.host.destroy("other", force=True).outcome()
+    await rounds(host, vm, 4)
+    assert vm.reason == "" and resident(vm) <= LIMIT // PAGE
 
 
 # --- the daemon's side of it --------------------------------------------------------------------------------

@@ -6,11 +6,13 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+import trio
 
 from hostd.memory_keeper import STATISTICS_S, MemoryKeeper
 from hostd.memory_state import HostMemoryState
 from hostd.protocol import Message, SetBalloon
 from hostd.reclaiming import Reclaimer
+from hostd.swapfile import Full, SwapFile
 from hostd.vm import Vm
 from tests.told_host import MEMORY, ToldHost
 from vmm.memory.p2mbits import PRESENT
@@ -53,6 +55,31 @@ async def test_what_is_shared_with_nobody_any_more_can_be_swapped(told: ToldHost
         await keeper.decide()
     assert vm.memory_state.swapped_out >= len(PAGES) // 2
     assert all(vm.block.p2m.contents(page) == bytes([page]) * PAGE for page in PAGES.tolist())
+
+
+async def test_a_swap_file_that_takes_nothing_is_left_in_peace_for_a_while(
+        told: ToldHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    vm, tries = await paused(told, "web"), 0
+    assert vm.block is not None
+    vm.definition = msgspec.structs.replace(vm.definition, limit=len(PAGES) * PAGE // 2)
+    keeper = keeper_of(told)
+
+    def full(swap: SwapFile, contents: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise Full("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwapFile, "write", full)
+        for rests in 1, 2:
+            for _ in range(3):
+                await keeper.decide()
+            assert tries == rests and vm.block.memory_counts()["shared"] == 0
+            keeper._rests = trio.current_time()
+    assert caplog.text.count("no page can be swapped") == 1
+    for _ in range(3):
+        await keeper.decide()
+    assert vm.memory_state.swapped_out and keeper._rests is None
 
 
 async def test_while_there_is_plenty_guests_are_woken_for_those_who_look(

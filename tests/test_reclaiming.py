@@ -16,6 +16,7 @@ from hostd.stores import Stores
 from hostd.swapfile import SwapFile
 from vmm.memory.block import VmBlock
 from vmm.memory.frames import Magazine
+from vmm.memory.p2mbits import WRITABLE
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import Pool
 from vmm.memory.reclaim import carry_out
@@ -163,6 +164,22 @@ class Host(RuleBasedStateMachine):
         self.books.stored(life.block, put, slots[stored].astype(np.uint64))
         self.swap.free(slots[~stored].tolist())
         self.books.unpin(frames)
+
+    @precondition(lambda self: self.lives)
+    @rule(number=guests, pages=some_pages, used=some_pages, reported=st.booleans())
+    def thaw(self, number: int, pages: np.ndarray, used: np.ndarray, reported: bool) -> None:
+        """After freezing in vain.  The guest goes on meanwhile, and may not have said what it let go of."""
+        life = self.life(number)
+        self.report(life)
+        self.books.frozen(life.block, *carry_out("freeze", life.block.p2m, pages, NONE, NONE))
+        passage, pages, frames = self.books.thawing(life.block, pages)
+        self.write(number, used, CONTENTS[3])
+        if reported:
+            self.report(life)
+        done, unused = carry_out("thaw", life.block.p2m, pages, frames, NONE)
+        assert not np.isin(done, used).any()
+        assert (life.block.leaf()[done] & np.uint64(WRITABLE)).all()
+        self.books.arrived(life.block, life.worker, passage, done, frames, unused)
 
     @precondition(lambda self: self.table)
     @rule(which=st.integers(0, 1000))

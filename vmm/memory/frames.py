@@ -224,6 +224,10 @@ class FrameAllocator:
         """Frames that were private become shared by their one owner."""
         self._refs[frames] = 1
 
+    def make_private(self, frames: np.ndarray) -> None:
+        """Frames that were shared are somebody's alone again."""
+        self._refs[frames] = 0
+
     def drop(self, frames: Iterable[int]) -> None:
         """Entries that shared these frames let them go (copy-on-write breaks)."""
         array = np.fromiter(frames, dtype=np.int64) if not isinstance(frames, np.ndarray) else frames

@@ -76,6 +76,21 @@ def freeze(p2m: P2M, pages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pages, _frames(entries)
 
 
+def thaw(p2m: P2M, pages: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Make shared pages private ones again, if they still have these `frames`, which nobody else has.
+
+    The answer is the pages for which it was done, and the frames of the others: the guest has let go of them.
+    """
+    leaf = _leaf(p2m)
+    entries = leaf[pages]
+    done = ((entries & _KIND) == _SHARED) & (_frames(entries) == frames)
+    pages, entries = pages[done], entries[done]
+    # somebody may wait for their next write
+    held = _traced(p2m, pages) | p2m.logging
+    leaf[pages] = entries & ~_KIND | _PRIVATE | np.where(held, np.uint64(DIRTY), np.uint64(DIRTY | WRITABLE))
+    return pages, frames[~done]
+
+
 def merge(p2m: P2M, pages: np.ndarray, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Let private pages share `frames`, which nobody writes, where the contents are the same.
 
@@ -167,10 +182,10 @@ def install(p2m: P2M, pages: np.ndarray, frames: np.ndarray,
 
 def carry_out(what: str, p2m: P2M, pages: np.ndarray, frames: np.ndarray,
               slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One of the above by its name: freeze, merge, zeros, store, watch, install.
+    """One of the above by its name: freeze, thaw, merge, zeros, store, watch, install.
 
     The answer is the pages for which it was done, and the frames that came of it: those frozen, let go of,
-    or not used.
+    or not used by the guest.
     Raises ValueError for pages or frames that do not exist, or lists of unequal lengths.
     """
     if len(pages) and not 0 <= pages.min() <= pages.max() < p2m.pages:
@@ -208,5 +223,6 @@ def _install(p2m: P2M, pages: np.ndarray, frames: np.ndarray,
 
 _NONE = np.zeros(0, dtype=np.int64)
 _BY_NAME: dict[str, Callable[[P2M, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
-    "freeze": lambda p2m, pages, *_: freeze(p2m, pages), "merge": _merge, "zeros": _zeros, "store": _store,
-    "watch": _watch, "install": _install}
+    "freeze": lambda p2m, pages, *_: freeze(p2m, pages),
+    "thaw": lambda p2m, pages, frames, _: thaw(p2m, pages, frames),
+    "merge": _merge, "zeros": _zeros, "store": _store, "watch": _watch, "install": _install}
