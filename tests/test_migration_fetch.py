@@ -407,5 +407,5 @@ async def test_an_answer_and_the_guest_s_end_at_once(told: ToldHost) -> None:
 async def test_a_suspended_host_leaves_out_who_is_not_whole(host: ToldHost) -> None:
     vm = await counting(host, "hw")
     async with fetched(host, vm):
-        assert await host.host._saver.suspend() == set()
+        assert await host.host._suspender.suspend(lambda: None) == set()
         assert vm.state == "running"
