@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -344,3 +345,20 @@ def test_the_file_is_as_documented(tmp_path: Path) -> None:
     header = (b"\x89HSNAP\r\n" + struct.pack("<II16sQQIIII", 1, 1, snapshot.id, MEMORY, 64, 2, 21, 5, 2)
               + sha256(tail))
     assert (tmp_path / "guest").read_bytes() == header + sha256(header) + record + tail
+
+
+def test_a_page_costs_its_writer_little(tmp_path: Path) -> None:
+    """A host that is suspended has millions of them."""
+    pages, chunk = 1 << 15, 64
+    words = np.zeros((chunk, PAGE // 8), dtype=np.uint64)
+    with SnapshotWriter(tmp_path / "s", pages * PAGE) as writer:
+        tracemalloc.start()
+        try:
+            for first in range(0, pages, chunk):
+                numbers = np.arange(first, first + chunk)
+                words[:] = numbers[:, None] + 1
+                writer.add_frames(numbers, np.arange(chunk), memoryview(words).cast("B"))
+            cost = tracemalloc.get_traced_memory()[0] / pages
+        finally:
+            tracemalloc.stop()
+    assert cost < 250, cost

@@ -12,6 +12,7 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from struct import Struct
 from typing import BinaryIO
 
 import numpy as np
@@ -44,6 +45,8 @@ from vmm.memory.records import UNIT, encode
 
 #: pages that are copied out of the pool at a time: what is looked at twice is still in the cache
 _CHUNK = 64
+#: one row of layout.INDEX
+_ROW = Struct(f"<III{PAGE_DIGEST}s")
 
 
 class SnapshotWriter:
@@ -70,9 +73,11 @@ class SnapshotWriter:
         #: files that have pages, by number: at 0 this one
         self._files = [Base(path.name, self.id)]
         self._base_files: dict[int, Snapshot] = {}
-        #: where contents are, by digest: number of the file, offset in units
-        self._known: dict[bytes, tuple[int, int]] = {}
-        self._rows: list[tuple[int, int, int, bytes]] = []
+        # Invariant: a page costs little more than its row, as there may be as many as the host has frames
+        #: where contents are, by digest: number of the file << 32 | offset in units
+        self._known: dict[bytes, int] = {}
+        #: rows of layout.INDEX, as they come
+        self._rows = bytearray()
         self._referred: list[np.ndarray] = []
         if base is not None:
             self._learn(base)
@@ -123,7 +128,7 @@ class SnapshotWriter:
         rows = base.index[base.index["base"] < len(numbers)]
         digests = rows["digest"].tobytes()
         for i, (number, offset) in enumerate(zip(rows["base"].tolist(), rows["offset"].tolist())):
-            self._known[digests[i * PAGE_DIGEST:(i + 1) * PAGE_DIGEST]] = numbers[number], offset
+            self._known[digests[i * PAGE_DIGEST:(i + 1) * PAGE_DIGEST]] = numbers[number] << 32 | offset
 
     def refer(self, pages: np.ndarray, base: int, base_pages: np.ndarray) -> None:
         """`pages` of the guest have the contents of `base_pages` of the base of that number, one by one.
@@ -164,8 +169,8 @@ class SnapshotWriter:
         name = page_digest(contents)
         place = self._known.get(name)
         if place is None:
-            place = self._known[name] = 0, self._data.append(encode(contents))
-        self._rows.append((page, *place, name))
+            place = self._known[name] = self._data.append(encode(contents))
+        self._rows += _ROW.pack(page, place >> 32, place & 0xFFFFFFFF, name)
 
     def _check_pages(self, pages: np.ndarray) -> None:
         if len(pages) and not 0 <= pages.min() <= pages.max() < self.memory_bytes // PAGE:
@@ -193,11 +198,7 @@ class SnapshotWriter:
             storage.sync_directory(self.path.parent)
 
     def _index(self) -> np.ndarray:
-        added = np.empty(len(self._rows), dtype=INDEX)
-        if self._rows:
-            pages, numbers, offsets, digests = zip(*self._rows)
-            added["page"], added["base"], added["offset"] = pages, numbers, offsets
-            added["digest"] = np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, PAGE_DIGEST)
+        added = np.frombuffer(self._rows, dtype=INDEX)
         index = np.concatenate([added, *self._referred])
         index = index[np.argsort(index["page"], kind="stable")]
         if np.any(index["page"][1:] == index["page"][:-1]):
