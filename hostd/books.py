@@ -13,7 +13,8 @@ on: reported, they are free; unreported, they come back when the worker dies.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -32,6 +33,8 @@ from vmm.memory.reclaim import freeze
 #: on their way to a guest
 LOADER = 0
 _PASSAGES = 1 << 13
+#: pages of a guest that are told of at most when they are charged wrongly
+_MOST_TOLD = 256
 
 
 class Charge:
@@ -60,6 +63,12 @@ class Books:
         self._charges: dict[int, Charge] = {}
         self._snapshots = itertools.count(1)
         self._passages = itertools.count()
+        #: passages that have not ended
+        self._under_way: set[int] = set()
+        #: frames for loading that are with whoever loads
+        self._loading = 0
+        #: by worker, frames that it was ever given: in grants, and as those of guests
+        self._given: Counter[int] = Counter()
         #: owners of shared frames that are not guests (see `pin`)
         self._pins = 0
 
@@ -87,12 +96,19 @@ class Books:
         return charge
 
     def frames_for_loading(self, count: int) -> Magazine:
-        """Exactly so many frames, which the daemon fills; those that it does not are to be `unused`."""
+        """Exactly so many frames, which the daemon fills; each is to be `loaded`, sent or `unused`."""
         with _short_of_memory():
-            return Magazine(self._allocator.lend(LOADER, count))
+            magazine = Magazine(self._allocator.lend(LOADER, count))
+        self._loading += count
+        return magazine
+
+    def loaded(self, count: int) -> None:
+        """So many frames for loading are in pages of guests, or pinned."""
+        self._loading -= count
 
     def unused(self, frames: np.ndarray) -> None:
         """These frames for loading came into no guest."""
+        self._loading -= len(frames)
         self._give_back(frames)
 
     def clone(self, source: VmBlock) -> VmBlock:
@@ -128,7 +144,7 @@ class Books:
 
     def adopted(self, block: VmBlock, worker: int) -> None:
         """The guest goes to a worker."""
-        self._allocator.settle(worker + 1, block.leaf())
+        self._given[worker] += self._allocator.settle(worker + 1, block.leaf())
 
     def reported(self, block: VmBlock, dropped: Sequence[int], freed: Sequence[int],
                  fetched: Sequence[int]) -> None:
@@ -206,7 +222,7 @@ class Books:
         frames = charge.frames[pages].astype(np.int64)
         charge.frames[pages] = 0
         self._allocator.make_private(frames)
-        return self.send(frames), pages, frames
+        return self._pass(frames), pages, frames
 
     def merged(self, block: VmBlock, pages: np.ndarray, frames: np.ndarray, freed: np.ndarray) -> None:
         """Pages share `frames` now; they had been pinned once for each page, and the pin is used up."""
@@ -257,7 +273,13 @@ class Books:
         Invariant: until `arrived` or `returned` they are with nobody but that passage, so a worker's death
         on the way, or a guest's end, takes none of them along and gives none back twice.
         """
+        self._loading -= len(frames)
+        return self._pass(frames)
+
+    def _pass(self, frames: np.ndarray) -> int:
         passage = _PASSAGES + next(self._passages) % _PASSAGES
+        if len(frames):
+            self._under_way.add(passage)
         self._allocator.pass_on(passage, frames)
         return passage
 
@@ -266,12 +288,15 @@ class Books:
         """`pages` of a guest with a worker (None: with none) have frames of this passage now instead of
         slots, all but the `unused` ones, which come back."""
         self._release(self._charges[block.first], pages)
-        self.returned(passage, unused)
+        self._give_back(self._allocator.of(passage, unused))
+        self._under_way.discard(passage)
         self._allocator.pass_on(LOADER if worker is None else worker + 1,
                                 self._allocator.of(passage, frames))
 
     def returned(self, passage: int, frames: np.ndarray) -> None:
-        """The guest has no use for these frames: those it has not taken along with its end come back."""
+        """The guest has no use for these frames: those it has not taken along with its end come back, and
+        the passage is over."""
+        self._under_way.discard(passage)
         self._give_back(self._allocator.of(passage, frames))
 
     # --- workers
@@ -279,11 +304,33 @@ class Books:
     def lend(self, worker: int, count: int) -> list[Extent]:
         """Frames for a worker's magazine: as many of `count` as there are, perhaps none."""
         count = min(count, self._allocator.free_frames())
+        self._given[worker] += count
         return self._allocator.lend(worker + 1, count) if count else []
 
     def reclaim(self, worker: int) -> int:
         """The worker is dead and its guests are freed: what it had in stock comes back."""
         return self._allocator.reclaim(worker + 1, self._leaves())
+
+    def given(self, worker: int) -> int:
+        """How many frames the worker was ever given."""
+        return self._given[worker]
+
+    def check_worker(self, worker: int, frames: int, given: int, held: Iterable[VmBlock]) -> str:
+        """What is wrong, in a sentence, if a worker says that it has so many `frames`, in stock and in its
+        guests' own pages; "" if that is right.  It had been `given` so many when it was asked; `held` are the
+        guests that workers have.
+
+        Invariant: all that changes what a worker has is told in messages.  Of those to it, what it counted
+        is all that was sent before the question; of those from it, what the ledger knows is all that was sent
+        before the answer.  So this is exact, however busy the host is, when the answer is looked at as it
+        comes.
+        """
+        taken = {block.first for block in held}
+        others = [block.leaf() for first, block in self._blocks.items() if first not in taken]
+        lent = self._allocator.lent_to(worker + 1, others) - (self._given[worker] - given)
+        if frames == lent:
+            return ""
+        return f"worker {worker} has {frames} frames, and {lent} are lent to it"
 
     # --- the books
 
@@ -302,14 +349,27 @@ class Books:
         What workers have not reported yet shows as one: true is what two checks say, all workers having
         answered in between.
         """
-        wrong = self._allocator.check(self._leaves())
+        charges = [charge.frames[charge.frames != 0] for charge in self._charges.values()]
+        wrong = (self._allocator.check(self._leaves()) + self._allocator.check_shares(charges, self._pins)
+                 + self._check_loans())
         for block in self._blocks.values():
-            charge, leaf = self._charges[block.first], block.leaf()
-            for page in np.flatnonzero(_shared_frames(block) & ~charge.frames)[:4].tolist():
-                wrong.append(f"page {page} of the guest at {block.first} shares a frame without charge")
-            stored = (leaf & np.uint64(STORED)) != 0
-            for page in np.flatnonzero(stored & (_numbers(leaf) != charge.slots))[:4].tolist():
-                wrong.append(f"page {page} of the guest at {block.first} is in a slot it does not own")
+            charge = self._charges[block.first]
+            for what, has, owns in (("frame", _shared_frames(block), charge.frames),
+                                    ("slot", _stored_slots(block), charge.slots)):
+                for page in np.flatnonzero(has != owns)[:_MOST_TOLD].tolist():
+                    wrong.append(f"page {page} of the guest at {block.first} has the {what} {has[page]} in "
+                                 f"common with others, and is charged with {owns[page]}")
+        return wrong
+
+    def _check_loans(self) -> list[str]:
+        """What the daemon itself has on loan is on its way to guests."""
+        wrong = []
+        loading = self._allocator.lent_to(LOADER, self._leaves())
+        if loading > self._loading:
+            wrong.append(f"{loading} frames are lent to load guests, and {self._loading} of them in use")
+        for passage in self._allocator.borrowers().tolist():
+            if passage >= _PASSAGES and passage not in self._under_way:
+                wrong.append(f"frames are on passage {passage}, which is over")
         return wrong
 
     def _leaves(self) -> list[np.ndarray]:
@@ -323,8 +383,14 @@ def _numbers(entries: np.ndarray) -> np.ndarray:
 
 def _shared_frames(block: VmBlock) -> np.ndarray:
     """The shared frame of each page, 0 where it has none."""
-    leaf = block.leaf()
+    leaf = block.leaf().copy()
     return np.where(FrameAllocator.is_shared(leaf), _numbers(leaf), np.uint64(0)).astype(np.uint32)
+
+
+def _stored_slots(block: VmBlock) -> np.ndarray:
+    """The slot of each page, 0 where it is in none."""
+    leaf = block.leaf().copy()
+    return np.where((leaf & np.uint64(STORED)) != 0, _numbers(leaf), np.uint64(0))
 
 
 @contextmanager

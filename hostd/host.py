@@ -223,12 +223,13 @@ class Host:
 
     async def checked_memory(self) -> MemoryView:
         """The same view with `wrong`: what the books have wrong before and after all workers have told what
-        they had to tell."""
+        they had to tell, and workers that have other frames than were lent to them."""
         wrong = self.check_memory()
+        await self._workers.hear(self._memory.books.given)
         if wrong:
-            await self._workers.hear()
             still = set(self.check_memory())
             wrong = [sentence for sentence in wrong if sentence in still]
+        wrong += self._guests.leases.miscounts()
         return msgspec.structs.replace(self.memory(), wrong=wrong)
 
     def latency(self) -> tuple[list[int], float]:

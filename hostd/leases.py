@@ -88,6 +88,8 @@ class Leases:
         self._logging: dict[str, Reply[protocol.Dirty]] = {}
         #: frames that workers asked for and that were not there
         self._hungry: dict[Worker, int] = {}
+        #: of those that were asked to count their frames, what was wrong the last time, "" for nothing
+        self._miscounts: dict[Worker, str] = {}
         #: called when a worker begins to wait for frames
         self.on_hunger: Callable[[], None] = lambda: None
         memory.on_freed = self._feed_hungry
@@ -107,6 +109,7 @@ class Leases:
             protocol.Dirty: self._on_dirty,
             protocol.Wanted: self._on_wanted,
             protocol.BalloonView: self._on_balloon,
+            protocol.Pong: self._on_pong,
         }
 
     async def adopt(self, vm: Vm, worker: Worker, state: bytes, trigger: Trigger, since_ns: int = 0,
@@ -197,6 +200,7 @@ class Leases:
     def on_death(self, worker: Worker, why: str) -> None:
         # first of all, or what its guests leave would be lent to it
         self._hungry.pop(worker, None)
+        self._miscounts.pop(worker, None)
         for vm in [vm for vm in self._held.values() if vm.worker is worker]:
             if vm.lease in self._adopting:
                 self._lost(vm, NeverAdopted(why))
@@ -312,6 +316,16 @@ class Leases:
 
     def _on_balloon(self, worker: Worker, message: protocol.BalloonView) -> None:
         self._held[message.vm].balloon = message
+
+    def _on_pong(self, worker: Worker, message: protocol.Pong) -> None:
+        if message.given is not None:
+            held = [vm.block for vm in self._held.values() if vm.block is not None]
+            self._miscounts[worker] = self._memory.books.check_worker(worker.index, message.frames,
+                                                                      message.given, held)
+
+    def miscounts(self) -> list[str]:
+        """What was wrong when workers last counted their frames (Workers.hear), a sentence each."""
+        return [sentence for sentence in self._miscounts.values() if sentence]
 
 
 def _expected(replies: dict[str, T], message: protocol.Adopted | protocol.Released | protocol.Listing

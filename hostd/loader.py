@@ -63,6 +63,7 @@ async def fill(memory: MachineMemory, block: VmBlock, image: BootImage, monitor:
         # a start that was given up meanwhile may end here, before the thread has begun
         await trio.to_thread.run_sync(_write, block, magazine, image)
     finally:
+        memory.books.loaded(len(pages) - len(magazine))
         memory.books.unused(magazine.rest())
     return encode(MachineState(memory_bytes=block.memory_bytes, cpu=image.cpu, monitor=monitor))
 

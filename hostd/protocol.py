@@ -155,6 +155,8 @@ class Grant(Message, frozen=True):
 
 class Ping(Message, frozen=True):
     id: int
+    #: if it is to count its frames: how many it was ever given
+    given: int | None = None
 
 
 class Quit(Message, frozen=True):
@@ -280,6 +282,9 @@ class Pong(Message, frozen=True):
     wakeups: list[int]
     wakeup_ns: int
     translator: TranslatorView = TranslatorView()
+    #: frames in stock and in its guests' own pages, if they were to be counted; and what the Ping said
+    frames: int = 0
+    given: int | None = None
 
 
 ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon

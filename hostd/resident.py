@@ -17,7 +17,7 @@ from vmm.machine import VirtualMachine
 from vmm.memory import reclaim as reclaiming
 from vmm.memory.block import VmBlock
 from vmm.memory.errors import OutOfFrames
-from vmm.memory.frames import FrameSource
+from vmm.memory.frames import FrameAllocator, FrameSource
 from vmm.memory.records import StoreError
 from vmm.monitor import Stop, StopReason
 from vmm.silicon.cpu import Cpu, CpuShutdown
@@ -132,6 +132,10 @@ class Resident:
         report = Reported(self.lease, [page for page, _ in p2m.dropped], p2m.freed, p2m.fetched)
         p2m.dropped, p2m.freed, p2m.fetched = [], [], []
         return report
+
+    def private_pages(self) -> int:
+        """How many of its pages have a frame for themselves."""
+        return int(np.count_nonzero(FrameAllocator.is_private(np.frombuffer(self._p2m.leaf, np.uint64))))
 
     def take_wanted(self) -> Wanted | None:
         """The pages at another host that it began to wait for since the last call, if any."""

@@ -229,6 +229,7 @@ class Resumer:
         magazine = books.frames_for_loading(len(offsets))
         frames = np.array([magazine.take() for _ in range(len(offsets))], dtype=np.int64)
         books.pin(frames)
+        books.loaded(len(frames))
 
         def read() -> None:
             with readable():

@@ -264,7 +264,11 @@ class WorkerLoop:
             return
         if message.what in ("merge", "install"):
             self._translations.forget_others(message.frames)
-        self._send(guest.reclaim(message))
+        done = guest.reclaim(message)
+        # Invariant: what a page let go of by itself is told before what was done to it, or the books would
+        # take off what it is charged with now
+        self._report(guest)
+        self._send(done)
         if message.what not in ("watch", "freeze"):     # which give nobody a frame yet
             self._feed(message.vm)
 
@@ -314,7 +318,9 @@ class WorkerLoop:
         for lease, guest in self._guests.items():
             guest.account(self._queue.usage(lease, now))
         latency = self._queue.latency
-        self._send(protocol.Pong(message.id, latency.counts, latency.sum_ns, self._translator.view()))
+        frames = 0 if message.given is None else self._count()
+        self._send(protocol.Pong(message.id, latency.counts, latency.sum_ns, self._translator.view(),
+                                 frames, message.given))
 
     def _on_quit(self, message: protocol.Quit) -> None:
         self._quit = True
@@ -343,6 +349,12 @@ class WorkerLoop:
         report = guest.take_report()
         if report is not None:
             self._send(report)
+
+    def _count(self) -> int:
+        """Frames that it has, in stock and in guests' own pages; what they gave back was told before."""
+        for guest in self._guests.values():
+            self._report(guest)
+        return len(self._magazine) + sum(guest.private_pages() for guest in self._guests.values())
 
     def _keep_stock(self) -> None:
         """Ask for frames before they run out."""

@@ -15,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
@@ -200,11 +200,12 @@ class Workers:
                     slots.start_soon(self._keep, index, name=f"worker {index}")
             nursery.cancel_scope.cancel()
 
-    async def hear(self) -> None:
-        """Until every worker that is ready now has said what it had to say when it was asked, or is dead."""
+    async def hear(self, given: Callable[[int], int | None] = lambda index: None) -> None:
+        """Until every worker that is ready now has said what it had to say when it was asked, or is dead.
+        With `given`, how many frames the worker of an index was ever given, they count those they have."""
         beat, asked = next(self._beats), self.ready
         for worker in asked:
-            worker.send(protocol.Ping(beat))
+            worker.send(protocol.Ping(beat, given(worker.index)))
         for worker in asked:
             while not worker.dead and worker.pong.id < beat:
                 await worker.answered.wait()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is done to pages for the host's sake, under random guests: nobody sees it, and the books balance."""
+"""What is done to pages for the host's sake, under random guests: nobody sees it, and no frame is lost.
+
+Guests come, boot, write, are cloned, snapshot and restored, give pages back, are moved and go; the daemon
+shares and swaps; and workers die, also with answers and reports unsent.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ from hostd.books import Books
 from hostd.stores import Stores
 from hostd.swapfile import SwapFile
 from vmm.memory.block import VmBlock
-from vmm.memory.frames import Magazine
+from vmm.memory.frames import FrameAllocator, Magazine
 from vmm.memory.p2mbits import WRITABLE
 from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import Pool
 from vmm.memory.reclaim import carry_out
+from vmm.memory.records import UNIT, PageStore, encode
 
 PAGE = 4096
 GUEST = 1 << 20
@@ -29,6 +34,9 @@ NONE = np.zeros(0, dtype=np.int64)
 CONTENTS = (bytes(8), b"alike   ", b"another ", b"third   ")
 
 guests = st.integers(0, 7)
+workers = st.integers(0, 1)
+#: whether the guest's worker dies before it says what it did
+dies = st.sampled_from((False,) * 7 + (True,))
 some_pages = st.lists(st.integers(0, 15), min_size=1, max_size=12, unique=True).map(
     lambda pages: np.array(sorted(pages), dtype=np.int64))
 
@@ -55,6 +63,9 @@ class Host(RuleBasedStateMachine):
         self.lives: list[Life] = []
         #: frames frozen and pinned, as the table of shared pages does
         self.table: list[int] = []
+        #: copies that nobody runs, and what is in them
+        self.copies: list[tuple[VmBlock, dict[int, bytes]]] = []
+        self.files = 0
 
     def teardown(self) -> None:
         self.swap.close()
@@ -69,18 +80,64 @@ class Host(RuleBasedStateMachine):
         p2m.dropped, p2m.freed, p2m.fetched = [], [], []
 
     @precondition(lambda self: len(self.lives) < 5)
-    @rule(worker=st.integers(0, 1))
+    @rule(worker=workers)
     def create(self, worker: int) -> None:
         self.lives.append(Life(self.books.new(GUEST), worker, {}))
 
+    @precondition(lambda self: len(self.lives) < 5)
+    @rule(worker=workers, pages=some_pages, content=st.sampled_from(CONTENTS), given_up=st.booleans())
+    def boot(self, worker: int, pages: np.ndarray, content: bytes, given_up: bool) -> None:
+        block = self.books.new(GUEST)
+        magazine = self.books.frames_for_loading(len(pages))
+        memory = GuestMemory(block.p2m, magazine)
+        written = pages[:len(pages) // 2] if given_up else pages
+        for page in written.tolist():
+            memory.write(page * PAGE, content)
+        self.books.loaded(len(written))
+        self.books.unused(magazine.rest())
+        if given_up:
+            self.books.free(block)
+        else:
+            self.adopt(block, worker, dict.fromkeys(pages.tolist(), content))
+
+    def adopt(self, block: VmBlock, worker: int, expected: dict[int, bytes]) -> None:
+        self.books.adopted(block, worker)
+        self.lives.append(Life(block, worker, expected))
+
+    @precondition(lambda self: self.lives and len(self.copies) < 3)
+    @rule(number=guests)
+    def snapshot(self, number: int) -> None:
+        life = self.life(number)
+        self.report(life)
+        self.copies.append((self.books.clone(life.block), dict(life.expected)))
+
+    @precondition(lambda self: self.copies and len(self.lives) < 5)
+    @rule(which=st.integers(0, 2), worker=workers)
+    def restore(self, which: int, worker: int) -> None:
+        copy, expected = self.copies.pop(which % len(self.copies))
+        path = Path(self.directory.name) / str(self.files)
+        self.files += 1
+        pages, records = np.array(sorted(expected), dtype=np.int64), b""
+        offsets = []
+        for page in pages.tolist():
+            offsets.append(len(records) // UNIT)
+            records += encode(copy.p2m.contents(page))
+        path.write_bytes(records)
+        self.books.free(copy)
+        block, store = self.books.new(GUEST), PageStore(path)
+        number = self.books.stores.open(store, store.close)
+        slots = np.array(offsets, dtype=np.uint64) | np.uint64(number << 32)
+        self.books.stores.retain(slots)
+        self.books.refer(block, pages, slots)
+        self.books.stores.close_unused(number)
+        self.adopt(block, worker, expected)
+
     @precondition(lambda self: 0 < len(self.lives) < 5)
-    @rule(number=guests, worker=st.integers(0, 1))
+    @rule(number=guests, worker=workers)
     def clone(self, number: int, worker: int) -> None:
         source = self.life(number)
         self.report(source)
-        block = self.books.clone(source.block)
-        self.books.adopted(block, worker)
-        self.lives.append(Life(block, worker, dict(source.expected)))
+        self.adopt(self.books.clone(source.block), worker, dict(source.expected))
 
     @precondition(lambda self: self.lives)
     @rule(number=guests, pages=some_pages, content=st.sampled_from(CONTENTS))
@@ -112,42 +169,50 @@ class Host(RuleBasedStateMachine):
         carry_out("watch", self.life(number).block.p2m, pages, NONE, NONE)
 
     @precondition(lambda self: self.lives)
-    @rule(number=guests, pages=some_pages)
-    def freeze(self, number: int, pages: np.ndarray) -> None:
+    @rule(number=guests, pages=some_pages, dies=dies)
+    def freeze(self, number: int, pages: np.ndarray, dies: bool) -> None:
         life = self.life(number)
+        self.report(life)
         done, frames = carry_out("freeze", life.block.p2m, pages, NONE, NONE)
+        if dies:
+            self.die(life.worker)
+            return
         self.books.frozen(life.block, done, frames)
         self.books.pin(frames)
         self.table += frames.tolist()
 
     @precondition(lambda self: self.lives and self.table)
-    @rule(number=guests, pages=some_pages, which=st.integers(0, 1000), reported=st.booleans())
-    def merge(self, number: int, pages: np.ndarray, which: int, reported: bool) -> None:
+    @rule(number=guests, pages=some_pages, which=st.integers(0, 1000), dies=dies)
+    def merge(self, number: int, pages: np.ndarray, which: int, dies: bool) -> None:
         life = self.life(number)
-        if reported:
-            self.report(life)
+        self.report(life)
         leaf = life.block.leaf()
-        # only pages that are private, and known to be: the others' reports are under way
-        known = np.array([page for page in pages.tolist()
-                          if page not in {dropped for dropped, _ in life.block.p2m.dropped}], dtype=np.int64)
-        frames = np.full(len(known), self.table[which % len(self.table)], dtype=np.int64)
+        frames = np.full(len(pages), self.table[which % len(self.table)], dtype=np.int64)
         self.books.pin(frames)
-        before = leaf[known].copy()
-        done, freed = carry_out("merge", life.block.p2m, known, frames, NONE)
-        merged = np.isin(known, done)
-        assert (leaf[known[~merged]] == before[~merged]).all()
+        before = leaf[pages].copy()
+        done, freed = carry_out("merge", life.block.p2m, pages, frames, NONE)
+        merged = np.isin(pages, done)
+        assert (leaf[pages[~merged]] == before[~merged]).all()
+        if dies:
+            self.die(life.worker)
+            self.books.unpin(frames)
+            return
         self.books.merged(life.block, done, frames[merged], freed)
         self.books.unpin(frames[~merged])
 
     @precondition(lambda self: self.lives)
-    @rule(number=guests, pages=some_pages)
-    def zeros(self, number: int, pages: np.ndarray) -> None:
-        _, freed = carry_out("zeros", self.life(number).block.p2m, pages, NONE, NONE)
-        self.books.zeroed(freed)
+    @rule(number=guests, pages=some_pages, dies=dies)
+    def zeros(self, number: int, pages: np.ndarray, dies: bool) -> None:
+        life = self.life(number)
+        _, freed = carry_out("zeros", life.block.p2m, pages, NONE, NONE)
+        if dies:
+            self.die(life.worker)
+        else:
+            self.books.zeroed(freed)
 
     @precondition(lambda self: self.lives)
-    @rule(number=guests, pages=some_pages, used=some_pages)
-    def swap_out(self, number: int, pages: np.ndarray, used: np.ndarray) -> None:
+    @rule(number=guests, pages=some_pages, used=some_pages, dies=dies)
+    def swap_out(self, number: int, pages: np.ndarray, used: np.ndarray, dies: bool) -> None:
         life = self.life(number)
         self.report(life)
         self.books.frozen(life.block, *carry_out("freeze", life.block.p2m, pages, NONE, NONE))
@@ -160,14 +225,19 @@ class Host(RuleBasedStateMachine):
             memory.read(page * PAGE, 8)
         put, _ = carry_out("store", life.block.p2m, done, frames, slots)
         assert not np.isin(put, used).any()
+        if dies:
+            self.die(life.worker)
+            self.swap.free(slots.tolist())
+            self.books.unpin(frames)
+            return
         stored = np.isin(done, put)
         self.books.stored(life.block, put, slots[stored].astype(np.uint64))
         self.swap.free(slots[~stored].tolist())
         self.books.unpin(frames)
 
     @precondition(lambda self: self.lives)
-    @rule(number=guests, pages=some_pages, used=some_pages, reported=st.booleans())
-    def thaw(self, number: int, pages: np.ndarray, used: np.ndarray, reported: bool) -> None:
+    @rule(number=guests, pages=some_pages, used=some_pages, reported=st.booleans(), dies=dies)
+    def thaw(self, number: int, pages: np.ndarray, used: np.ndarray, reported: bool, dies: bool) -> None:
         """After freezing in vain.  The guest goes on meanwhile, and may not have said what it let go of."""
         life = self.life(number)
         self.report(life)
@@ -179,6 +249,10 @@ class Host(RuleBasedStateMachine):
         done, unused = carry_out("thaw", life.block.p2m, pages, frames, NONE)
         assert not np.isin(done, used).any()
         assert (life.block.leaf()[done] & np.uint64(WRITABLE)).all()
+        if dies:
+            self.die(life.worker)
+            self.books.returned(passage, frames)
+            return
         self.books.arrived(life.block, life.worker, passage, done, frames, unused)
 
     @precondition(lambda self: self.table)
@@ -188,19 +262,24 @@ class Host(RuleBasedStateMachine):
         self.books.unpin(np.array([frame], dtype=np.int64))
 
     @precondition(lambda self: self.lives)
-    @rule(number=guests, reported=st.booleans())
-    def destroy(self, number: int, reported: bool) -> None:
+    @rule(number=guests)
+    def destroy(self, number: int) -> None:
         life = self.lives.pop(number % len(self.lives))
-        if reported:
-            self.report(life)
-            self.books.free(life.block)
-        else:
-            # it takes its worker along: what it had not reported comes back all the same
-            self.die(life.worker, life)
+        self.report(life)
+        self.books.free(life.block)
 
-    def die(self, worker: int, *more: Life) -> None:
-        for life in [*more, *(life for life in self.lives if life.worker == worker)]:
-            self.books.free(life.block)
+    @precondition(lambda self: self.copies)
+    @rule()
+    def drop_copy(self) -> None:
+        self.books.free(self.copies.pop()[0])
+
+    @precondition(lambda self: self.lives)
+    @rule(worker=workers)
+    def die(self, worker: int) -> None:
+        """What its guests had not reported comes back all the same."""
+        for life in self.lives:
+            if life.worker == worker:
+                self.books.free(life.block)
         self.lives = [life for life in self.lives if life.worker != worker]
         self.books.reclaim(worker)
         self.magazines[worker] = Magazine(self.books.lend(worker, 200))
@@ -218,28 +297,33 @@ class Host(RuleBasedStateMachine):
         for life in self.lives:
             for page in range(16):
                 assert life.block.p2m.contents(page)[:8] == life.expected.get(page, bytes(8))
+        for copy, expected in self.copies:
+            for page in range(16):
+                assert copy.p2m.contents(page)[:8] == expected.get(page, bytes(8))
 
     @invariant()
     def books_balance(self) -> None:
-        for life in self.lives:
-            if not (life.block.p2m.dropped or life.block.p2m.fetched):
-                continue
-            self.report(life)
-        assert self.books.check() == []
+        unsaid = any(life.block.p2m.dropped or life.block.p2m.fetched for life in self.lives)
+        assert unsaid or self.books.check() == []
         counts = self.books.counts()
         assert counts.free + counts.granted + counts.private + counts.shared + counts.overhead == counts.total
 
     @invariant()
     def nothing_is_lost(self) -> None:
-        """What is lent is in stock, or was given back and not reported, or is pinned alone."""
+        """What is lent is in stock, or was given back and not reported, or has no guest that shares it."""
         stock = sum(len(magazine) for magazine in self.magazines)
         limbo = sum(len(life.block.p2m.freed) for life in self.lives)
-        held = set(self.table) - self.shared_by_guests()
-        assert self.books.counts().granted == stock + limbo + len(held)
-
-    def shared_by_guests(self) -> set[int]:
-        charges = (self.books._charges[life.block.first].frames for life in self.lives)
-        return {int(frame) for frames in charges for frame in frames[frames != 0]}
+        blocks = [life.block for life in self.lives]
+        in_use = {int(frame) for block in [*blocks, *(copy for copy, _ in self.copies)]
+                  for frame in FrameAllocator.split(block.leaf())[1]}
+        charged = {int(frame) for charge in self.books._charges.values()
+                   for frame in charge.frames[charge.frames != 0]}
+        assert self.books.counts().granted == stock + limbo + len((charged | set(self.table)) - in_use)
+        for worker, magazine in enumerate(self.magazines):
+            mine = [life.block for life in self.lives if life.worker == worker]
+            frames = len(magazine) + sum(block.memory_counts()["private"] + len(block.p2m.freed)
+                                         for block in mine)
+            assert self.books.check_worker(worker, frames, self.books.given(worker), blocks) == ""
 
 
 TestHost = Host.TestCase

@@ -67,6 +67,7 @@ class IncomingMemory:
             used = done.used
         finally:
             self._spare = np.concatenate((self._spare, spare[used:]))
+            self._memory.books.loaded(used)
         self._memory.books.reported(self._block, done.dropped.tolist(), done.freed.tolist(), ())
         if self.share:
             self._memory.books.freeze(self._block, done.first)

@@ -6,8 +6,9 @@ into P2M entries on first touch and on copy-on-write.  The P2M arrays live in th
 worker had done is read from them, not asked of it.
 
 Invariant: a frame is free, or overhead of one VM, or on loan to a worker and not yet used, or in exactly
-one P2M entry as private, or in n >= 1 P2M entries as shared.  `FrameAllocator.count` adds these up to the
-pool.  A share count may be too high for a moment (a worker's drop still under way), never too low.
+one P2M entry as private, or in n >= 1 P2M entries as shared.  `FrameAllocator.count` counts each of these;
+they add up to the pool.  A share count may be too high for a moment (a worker's drop still under way), never
+too low.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Magazine:
 
 @dataclass(frozen=True)
 class FrameCount:
-    """Frames of the pool by state; the sum is the pool."""
+    """Frames of the pool by state, each counted for itself; `on_loan`: lent, and in no guest's page."""
 
     free: int
     overhead: int
@@ -88,7 +89,7 @@ class FrameCount:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All of them: the pool, unless the ledger is wrong."""
         return self.free + self.overhead + self.on_loan + self.private + self.shared
 
 
@@ -210,6 +211,7 @@ class FrameAllocator:
     @staticmethod
     def split(leaf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Frames of the private and of the shared entries of a P2M leaf array."""
+        leaf = leaf.copy()                              # a worker may be writing to it
         kinds = leaf & np.uint64(KIND_MASK)
         frames = ((leaf & np.uint64(FRAME_MASK)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
         return frames[kinds == _PRIVATE], frames[kinds == _SHARED]
@@ -242,11 +244,12 @@ class FrameAllocator:
         self.drop(shared)
         leaf[:] = 0
 
-    def settle(self, borrower: int, leaf: np.ndarray) -> None:
+    def settle(self, borrower: int, leaf: np.ndarray) -> int:
         """A guest goes to a borrower, who answers for its private frames from now on: what it gives back and
-        does not live to tell comes back with its stock."""
+        does not live to tell comes back with its stock.  The answer is how many these are."""
         private, _ = self.split(leaf)
         self._owner[private] = LOAN + borrower
+        return len(private)
 
     def pass_on(self, borrower: int, frames: np.ndarray) -> None:
         """Frames on loan go to another borrower."""
@@ -312,16 +315,39 @@ class FrameAllocator:
     # -- the books ---------------------------------------------------------------------------------
 
     def count(self, leaves: Iterable[np.ndarray]) -> FrameCount:
-        """Frames by state, from the ledger and the P2M arrays of all guests; what no guest has is on loan."""
+        """Frames by state, from the ledger and the P2M arrays of all guests."""
         private_frames = 0
-        shared_frames = np.zeros(self.pool.frames, dtype=bool)
+        in_use, shared_frames = (np.zeros(self.pool.frames, dtype=bool) for _ in range(2))
         for leaf in leaves:
             private, shared = self.split(leaf)
             private_frames += len(private)
-            shared_frames[shared] = True
-        shared_count = int(np.count_nonzero(shared_frames))
-        on_loan = self.pool.frames - self._free - self._overhead - private_frames - shared_count
-        return FrameCount(self._free, self._overhead, on_loan, private_frames, shared_count)
+            in_use[private] = shared_frames[shared] = True
+        in_use |= shared_frames
+        on_loan = int(np.count_nonzero((self._owner >= LOAN) & ~in_use))
+        return FrameCount(self._free, self._overhead, on_loan, private_frames,
+                          int(np.count_nonzero(shared_frames)))
+
+    def lent_to(self, borrower: int, leaves: Iterable[np.ndarray]) -> int:
+        """How many frames a borrower has that nobody shares, but for those in these P2M arrays."""
+        has = (self._owner == LOAN + borrower) & (self._refs == 0)
+        for leaf in leaves:
+            has[self.split(leaf)[0]] = False
+        return int(np.count_nonzero(has))
+
+    def borrowers(self) -> np.ndarray:
+        """All that there are."""
+        return np.unique(self._owner[self._owner >= LOAN]) - LOAN
+
+    def check_shares(self, charged: Iterable[np.ndarray], pins: int) -> list[str]:
+        """The same for share counts: owners are the pages `charged` with these frames, and `pins`."""
+        none = np.zeros(0, dtype=np.int64)
+        pages = np.bincount(np.concatenate([none, *charged]), minlength=self.pool.frames)
+        wrong = [f"frame {frame} is charged to {pages[frame]} pages and has {self._refs[frame]} owners"
+                 for frame in np.flatnonzero(pages > self._refs)[:8].tolist()]
+        others = int(self._refs.sum()) - int(pages.sum())
+        if others != pins:
+            wrong.append(f"shared frames have {others} owners that are no guests, and {pins} are pinned")
+        return wrong
 
     def check(self, leaves: Iterable[np.ndarray]) -> list[str]:
         """Every way in which ledger and P2M arrays disagree, a sentence each; empty if they balance."""
