@@ -20,6 +20,8 @@ from hostd.model import TranslatorView
 LENGTH = struct.Struct("<I")
 #: no message comes near this (a machine state is tens of KiB, console and input pieces are bounded)
 MAX_MESSAGE = 16 << 20
+#: the largest machine state a worker is handed; what else is in the message has room beside it
+MAX_STATE = MAX_MESSAGE // 2
 #: the largest piece of console input or output in one message
 MAX_CHUNK = 64 << 10
 

@@ -24,9 +24,11 @@ from hostd.lifecycle import Trigger
 from hostd.memory import MachineMemory
 from hostd.protocol import CloseStore
 from hostd.saved import saved_in
-from hostd.snapshot import Folder, Snapshot
+from hostd.snapshot import Folder, Snapshot, Unusable
 from hostd.vm import Vm
+from vmm import loadable
 from vmm.memory.records import PageStore
+from vmm.state import StateError
 
 if TYPE_CHECKING:
     from vmm.memory.block import VmBlock
@@ -77,11 +79,14 @@ class Restorer:
         vm = Vm(definition, self._events)
         try:
             await trio.to_thread.run_sync(self._inventory.save, [definition])
+            step("waiting for a worker", 0.7)
+            await self._guests.workers.wait_ready()
             step("starting", 0.8)
             with self.opened_stores(opened.snapshot.stores) as numbers:
                 vm.block = self._memory.books.new(definition.memory)
                 self.refer(vm.block, opened.snapshot.index, numbers)
                 opened.saved.mark_ballooned(vm.block)
+            self._check_state(opened.snapshot, vm.block, definition)
             async with self._guests.changing(vm):   # nobody knows it yet: nobody is first
                 self._guests.add(vm)
                 vm.stopping = True                  # should it end at once, nobody restarts it
@@ -97,6 +102,12 @@ class Restorer:
                 self._guests.forget(vm)
             self._inventory.remove(definition.name)
             raise
+
+    def _check_state(self, snapshot: Snapshot, block: VmBlock, definition: Definition) -> None:
+        try:
+            loadable.check(snapshot.state, block, definition.vmm, self._guests.workers.tsc_khz)
+        except StateError as error:
+            raise Unusable(f"{snapshot.path} cannot be used: its state cannot be loaded: {error}") from None
 
     @contextmanager
     def opened_stores(self, files: Sequence[PageStore]) -> Iterator[list[int]]:

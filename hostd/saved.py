@@ -14,6 +14,7 @@ import trio
 
 from hostd.definition import Definition
 from hostd.memory_state import MemoryState
+from hostd.protocol import MAX_STATE
 from hostd.snapshot import Snapshot, Unusable
 from hostd.vm import Vm
 from vmm.memory.pool import PAGE
@@ -99,6 +100,8 @@ def saved_in(snapshot: Snapshot) -> SavedVm:
 def _check(snapshot: Snapshot) -> SavedVm:
     if not snapshot.state:
         raise ValueError("it holds pages only, and no VM")
+    if len(snapshot.state) > MAX_STATE:
+        raise ValueError(f"its state has {len(snapshot.state)} bytes, and a worker takes {MAX_STATE} at most")
     saved = msgspec.json.decode(snapshot.definition, type=SavedVm)
     state = decode(snapshot.state)
     definition = saved.definition

@@ -40,7 +40,7 @@ from vmm.memory.pool import Pool
 from vmm.memory.records import StoreError
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import selftest
-from vmm.silicon.cpu import Cpu, new_engine
+from vmm.silicon.cpu import Cpu, CpuShutdown, new_engine
 from vmm.silicon.layout import SiliconError
 from vmm.state import StateError
 
@@ -221,12 +221,20 @@ class WorkerLoop:
             self._slots.open(message.stores)
             guest = Resident(message, self._cpu, block, self._magazine, self._tsc_khz,
                              lambda data: self._say(lease, data), self._translator, self._slots)
-        except (StateError, StoreError, ValueError) as error:
+        except (StateError, StoreError) as error:
             self._send(protocol.Refused(lease, "adopt", f"its state cannot be loaded: {error}"))
             return
         except NoTranslator as error:
             log.exception("no engine for binary translation")
             self._send(protocol.Refused(lease, "adopt", str(error)))
+            return
+        except CpuShutdown:
+            raise
+        except Exception as error:
+            # a state that nobody thought of is that guest's affair: the others here live on
+            log.exception("guest not adopted", extra={"vm": lease})
+            self._send(protocol.Refused(
+                lease, "adopt", f"its state cannot be loaded: {type(error).__name__}: {error}"))
             return
         self._guests[lease] = guest
         self._queue.add(lease, message.weight, message.cap, now)

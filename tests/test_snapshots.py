@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from hostd.protocol import MAX_STATE
 from hostd.saved import SavedVm, encode_saved, saved_in
 from hostd.snapshot import Folder, Snapshot, SnapshotWriter
 from hostd.snapshot.layout import HEADER
 from tests.private_daemon import PrivateDaemon
+from tests.test_foreign_states import changed
 from vmm import guests
 
 MONITORS = ("hw", "bt")
@@ -182,12 +185,19 @@ def test_a_file_whose_parts_do_not_fit_each_other(daemon: PrivateDaemon, countin
     good = Snapshot.open(save(daemon, "vm"))
     definition = saved_in(good).definition
     saved = encode_saved(SavedVm(definition=definition))
+    state = msgspec.msgpack.decode(good.state)
+    selector = changed(state, ("cpu", "cs", "selector"), 0x12345)
+    cr0 = changed(state, ("cpu", "cr0"), 1 << 40)
+    workers = [worker["pid"] for worker in daemon.get("/host")["workers"]]
     for memory, state, said, sentence in (
             (good.memory_bytes, b"", saved, "pages only"),
             (good.memory_bytes, b"nonsense", saved, "not a machine state"),
             (good.memory_bytes, good.state, encode_saved(SavedVm(definition=definition, ballooned=b"x")),
              "1 bytes say which pages are in its balloon"),
             (good.memory_bytes, good.state, b"{}", "missing required field `definition`"),
+            (good.memory_bytes, selector, saved, "Expected `int` <= 65535"),
+            (good.memory_bytes, cr0, saved, "a CPU that cannot run"),
+            (good.memory_bytes, good.state + bytes(MAX_STATE), saved, "a worker takes"),
             (good.memory_bytes + 4096, good.state, saved, "bytes are in its state")):
         bad = tmp_path / "bad.snap"
         bad.unlink(missing_ok=True)
@@ -195,6 +205,8 @@ def test_a_file_whose_parts_do_not_fit_each_other(daemon: PrivateDaemon, countin
             writer.finish()
         refused(daemon, bad, sentence)
     good.close()
+    assert [worker["pid"] for worker in daemon.get("/host")["workers"]] == workers
+    goes_on(daemon, "vm", rounds(daemon.console("vm"))[-1])
 
 
 def test_a_restored_vm_without_its_kernel_says_so_at_its_next_start(daemon: PrivateDaemon,

@@ -11,12 +11,12 @@ from vmm.devices.board import Board
 from vmm.memory.block import VmBlock
 from vmm.memory.dma import DeviceMemory, GivenBack
 from vmm.memory.frames import Magazine
-from vmm.silicon import tsc
+from vmm.silicon import states, tsc
 from vmm.state import MachineState, StateError, decode
 
 
 def check(data: bytes, block: VmBlock, monitor: str, tsc_khz: int) -> MachineState:
-    """The state in `data`, which fits the memory in `block` and `monitor`, and whose devices load.
+    """The state in `data`, which fits the memory in `block` and `monitor`, and whose CPU and devices load.
 
     Raises StateError.  Nothing in the block changes.
     """
@@ -26,6 +26,7 @@ def check(data: bytes, block: VmBlock, monitor: str, tsc_khz: int) -> MachineSta
                          f"{block.memory_bytes}")
     if state.monitor != monitor:
         raise StateError(f"a machine state of monitor {state.monitor}, and {monitor} is to run it")
+    states.check(state.cpu)
     clock = GuestClock(tsc_khz, tsc.read, state.time_ns, state.cpu.tsc)
     board = Board(clock.now, time.time, clock.tsc, clock.tsc_to_ns, _ignore, _nothing, _nothing, _ignore,
                   state.memory_bytes, DeviceMemory(block.p2m, Magazine()), GivenBack(block.p2m), os.urandom)

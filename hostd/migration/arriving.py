@@ -28,7 +28,7 @@ from hostd.migration.messages import Commit, Final, Missing
 from hostd.migration.pages import decode_digests, pack_bits, unpack_bitmap
 from hostd.migration.progress import Progress
 from hostd.migration.wire import ProtocolError
-from hostd.protocol import MAX_MESSAGE, Input
+from hostd.protocol import MAX_STATE, Input
 from hostd.saved import SavedVm
 from hostd.storage import Prepared
 from hostd.vm import Signal, Vm
@@ -158,7 +158,7 @@ class Arrival:
             raise Failed(f"its state cannot be loaded here: {error}") from None
         if saved.life is None or saved.life.paused != final.paused:
             raise ProtocolError("a guest came that is not in the middle of its life")
-        if len(final.state) > MAX_MESSAGE // 2:
+        if len(final.state) > MAX_STATE:
             raise Failed("its state is too large for a worker")
         if final.ballooned:
             block.mark_ballooned(unpack_bitmap(final.ballooned, block.pages))

@@ -30,6 +30,7 @@ from vmm.memory.frames import FrameSource
 from vmm.memory.physical import GuestMemory
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import layout as at
+from vmm.silicon import states
 from vmm.silicon.cpu import VMEXIT_INVALID, Cpu, EngineFault, InstructionAborted
 from vmm.state import CpuState
 from vmm.stats import slot_of
@@ -108,6 +109,7 @@ class Processor:
         vmcb.v_intr_prio = 0xF
 
     def _load(self, state: CpuState) -> None:
+        states.check(state)
         self.cpu.states.load(self.guest, state)
         self.msrs.load(state.msrs)
         event = Event.decode(state.pending_event)
