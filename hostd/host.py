@@ -362,9 +362,8 @@ class Host:
                 self._admission.check_memory(definition)
                 with self._admission.reserve([definition.name]), self._admission.promise([definition]):
                     await self._restorer.restore(opened, definition, operation.step)
-            except BaseException:
+            finally:
                 opened.close()
-                raise
             return RestoredView(name=definition.name)
 
         self._admission.check_open()

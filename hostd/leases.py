@@ -133,7 +133,7 @@ class Leases:
             vm=vm.lease, base_frame=vm.block.first, memory_bytes=vm.definition.memory, state=state,
             since_ns=since_ns, snapshot=books.snapshot(vm.block),
             weight=vm.definition.weight, cap=vm.cap,
-            stores=books.stores.paths(books.stores_of(vm.block)), unchanged=unchanged,
+            stores=books.stores.told(books.stores_of(vm.block)), unchanged=unchanged,
             logging=vm.block.p2m.logging, ration=vm.ration))
         if worker.dead:
             self._lost(vm, NeverAdopted(f"worker {worker.index} died"))

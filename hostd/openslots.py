@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hostd.protocol import Store
 from vmm.memory.records import PageStore, StoreError
 
 _OFFSET = (1 << 32) - 1
@@ -19,14 +20,11 @@ class OpenSlots:
         #: None: its pages are at another host
         self._stores: dict[int, PageStore | None] = {}
 
-    def open(self, stores: Iterable[tuple[int, str]]) -> None:
+    def open(self, stores: Iterable[Store]) -> None:
         """Open those that are not yet.  Raises StoreError."""
-        for number, path in stores:
-            if number not in self._stores:
-                try:
-                    self._stores[number] = PageStore(path) if path else None
-                except OSError as error:
-                    raise StoreError(f"cannot open {path}: {error.strerror}") from None
+        for store in stores:
+            if store.number not in self._stores:
+                self._stores[store.number] = _open(store)
 
     def close(self, number: int) -> None:
         """The number may come to mean another file."""
@@ -49,3 +47,7 @@ class OpenSlots:
         if store is None:
             raise StoreError(f"no store {slot >> 32} is open here")
         store.read_into(slot & _OFFSET, into)
+
+
+def _open(store: Store) -> PageStore | None:
+    return PageStore(store.path, store.name, store.stamp) if store.path else None

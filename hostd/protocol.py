@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import msgspec
 
 from hostd.model import TranslatorView
+from vmm.memory.stamp import Stamp
 
 LENGTH = struct.Struct("<I")
 #: no message comes near this (a machine state is tens of KiB, console and input pieces are bounded)
@@ -45,6 +46,16 @@ class Most(NamedTuple):
     own: int | None = None
 
 
+class Store(msgspec.Struct, array_like=True, frozen=True):
+    """A file with pages of a guest in it, and how to open it; no path: another host."""
+
+    number: int
+    path: str = ""
+    #: what errors call it, and how it is to stay
+    name: str = ""
+    stamp: Stamp | None = None
+
+
 # --- daemon to worker ---------------------------------------------------------------------------------------
 
 class Adopt(Message, frozen=True):
@@ -62,8 +73,8 @@ class Adopt(Message, frozen=True):
     snapshot: int
     weight: int
     cap: int
-    #: (number, path) of the files in which pages of the guest are; no path: they are at another host
-    stores: list[tuple[int, str]] = []
+    #: where pages of the guest are that are not in its memory
+    stores: list[Store] = []
     #: this worker had the guest last, and nobody has written to its memory since
     unchanged: bool = False
     #: its dirty log has been started, and goes on

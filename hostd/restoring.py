@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Opened:
-    """A snapshot that was verified, with its bases: good for one guest."""
+    """A snapshot that was verified, with its bases."""
 
     def __init__(self, path: Path) -> None:
         """Takes its time: call it in a thread.  Raises NotFound, Unusable, Failed."""
@@ -50,7 +50,7 @@ class Opened:
             raise
 
     def close(self) -> None:
-        """Close what was not handed over to Stores."""
+        """What pages of guests are in stays open in Stores."""
         if self.snapshot is not None:
             self.snapshot.close()
         self._folder.close()
@@ -73,7 +73,7 @@ class Restorer:
         return await trio.to_thread.run_sync(Opened, path)
 
     async def restore(self, opened: Opened, definition: Definition, step: Step) -> None:
-        """Make a running VM out of a snapshot, which is then used up.  It is made, or nothing is."""
+        """Make a running VM out of a snapshot.  It is made, or nothing is."""
         step("writing the definition", 0.6)
         assert opened.snapshot is not None
         vm = Vm(definition, self._events)
@@ -111,16 +111,16 @@ class Restorer:
 
     @contextmanager
     def opened_stores(self, files: Sequence[PageStore]) -> Iterator[list[int]]:
-        """Hand files over to the stores, by number; those in which there is no page in the end are closed."""
+        """Have files among the stores, by number; those in which there is no page in the end are no more."""
         stores = self._memory.books.stores
         numbers: list[int] = []
         try:
             for file in files:
-                numbers.append(stores.open(file, file.close))
+                numbers.append(stores.open(file))
             yield numbers
         finally:
             for number in numbers:
-                stores.close_unused(number)
+                stores.let_go(number)
 
     def refer(self, block: VmBlock, rows: np.ndarray, numbers: Sequence[int]) -> None:
         """The contents of these pages of the guest are in the stores of these numbers."""

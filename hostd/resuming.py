@@ -155,8 +155,7 @@ class Resumer:
                 if vm.name in found.bad:
                     self._halt(vm, found.bad[vm.name])
             going = [(vm, vm.block) for vm in waiting if vm.block is not None]
-        if not going:
-            found.close()
+        found.close()                               # what is still needed of it is open among the stores
         async with trio.open_nursery() as nursery:
             for vm, block in going:
                 nursery.start_soon(self._go_on, vm, block, found.good[vm.name])

@@ -16,8 +16,10 @@ import numpy as np
 
 from hostd.errors import Failed
 from hostd.openslots import SWAP
+from hostd.protocol import Store
 from hostd.swapfile import SwapFile
 from vmm.memory.records import PageStore, StoreError
+from vmm.memory.stamp import Stamp
 
 _OFFSET = (1 << 32) - 1
 _MOST_STORES = 256
@@ -28,52 +30,78 @@ class Stores:
 
     def __init__(self, swap: SwapFile | None = None) -> None:
         self.swap = swap
-        #: no file: another host
+        #: by number; no file: another host
         self._files: dict[int, tuple[PageStore | None, Callable[[], None]]] = {}
+        #: numbers of the files
+        self._numbers: dict[Stamp, int] = {}
+        #: pages in each, and those who hold it
         self._owned: dict[int, int] = {}
         #: called with the number of a store that is closed
         self.on_close: Callable[[int], None] = lambda number: None
 
-    def open(self, store: PageStore, close: Callable[[], None]) -> int:
-        """Have pages in a file, for which `close` is called when none is needed any more; its number.
+    def open(self, store: PageStore) -> int:
+        """Have pages in a file, and hold it until `let_go`; its number.  It has one, however often it is
+        opened: a hundred guests may be restored from the same snapshot.
 
-        Nothing is owned yet: `retain` or `close_unused` must follow.  Raises Failed when there are too many.
+        `store` stays the caller's, and has a stamp.  Raises Failed when there are too many.
         """
-        return self._open(store, close)
+        assert store.stamp is not None
+        if store.stamp not in self._numbers:
+            try:
+                file = store.copy()
+            except StoreError as error:
+                raise Failed(str(error)) from None
+            try:
+                self._numbers[store.stamp] = self._open(file, file.close)
+            except BaseException:
+                file.close()
+                raise
+        number = self._numbers[store.stamp]
+        self._owned[number] += 1
+        return number
+
+    def let_go(self, number: int) -> None:
+        """It is needed for the pages in it only."""
+        self._disown(number, 1)
 
     def open_remote(self, close: Callable[[], None]) -> int:
-        """Have pages at another host; as `open`.  `slots_at` says in which slots they are, and they come by
-        Reclaimer.install."""
+        """Have pages at another host, until `close` is called when none is needed any more; its number.
+        `slots_at` says in which slots they are, and they come by Reclaimer.install.
+
+        Nothing is owned yet: `retain` must follow.  Raises Failed when there are too many.
+        """
         return self._open(None, close)
 
     def _open(self, store: PageStore | None, close: Callable[[], None]) -> int:
         number = next((number for number in range(1, _MOST_STORES) if number not in self._files), None)
         if number is None:
-            raise Failed(f"{_MOST_STORES - 1} guests are being restored or fetched: wait until one is done")
+            raise Failed(f"guests have pages in {_MOST_STORES - 1} snapshots and at other hosts, the most "
+                         f"there can be: stop one that was restored, or wait for one that is being fetched")
         self._files[number] = store, close
         self._owned[number] = 0
         return number
 
-    def close_unused(self, number: int) -> None:
-        """The file is of no use if no page is in it."""
-        if number in self._files and not self._owned[number]:
-            _, close = self._files.pop(number)
+    def _disown(self, number: int, count: int) -> None:
+        """A file is of no use if no page is in it."""
+        self._owned[number] -= count
+        if not self._owned[number]:
+            file, close = self._files.pop(number)
             del self._owned[number]
+            if file is not None and file.stamp is not None:
+                del self._numbers[file.stamp]
             close()
             self.on_close(number)
 
-    def paths(self, numbers: Iterable[int]) -> list[tuple[int, str]]:
-        """Number and path of the swap file and of each of these stores, by which other processes open them,
-        whatever their names are now; no path for another host.
+    def told(self, numbers: Iterable[int]) -> list[Store]:
+        """The swap file and each of these stores, as other processes open them, whatever their names are now.
 
         Who opens one must have a page in it: else it may be closed by then, and its number mean another.
         """
-        files: dict[int, PageStore | SwapFile | None] = {
-            number: self._files[number][0] for number in numbers if number != SWAP}
+        files = {number: self._files[number][0] for number in numbers if number != SWAP}
         if self.swap is not None:
-            files[SWAP] = self.swap
-        return [(number, f"/proc/{os.getpid()}/fd/{file.fd}" if file is not None else "")
-                for number, file in files.items()]
+            files[SWAP] = self.swap.store
+        return [Store(number, f"/proc/{os.getpid()}/fd/{file.fd}", file.name, file.stamp)
+                if file is not None else Store(number) for number, file in files.items()]
 
     def fetch(self, slot: int, into: memoryview) -> None:
         """Read the page in a slot.  Raises StoreError."""
@@ -102,8 +130,7 @@ class Stores:
             if number == SWAP and self.swap is not None:
                 self.swap.free(offsets)
             else:
-                self._owned[number] -= len(offsets)
-                self.close_unused(number)
+                self._disown(number, len(offsets))
 
 
 def slots_at(number: int, pages: np.ndarray) -> np.ndarray:

@@ -80,12 +80,13 @@ class SwapFile:
             # a new file, not the old one emptied: a process of an earlier run may still be reading that
             path.unlink(missing_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self._store = PageStore(fd, name=str(path))
+        #: for those who read in other processes, too
+        self.store = PageStore(fd, name=str(path))
 
     @property
     def fd(self) -> int:
-        """The file, for those who read in other processes; -1 when it is closed."""
-        return self._store.fd
+        """The file; -1 when it is closed."""
+        return self.store.fd
 
     def write(self, pages: Sequence[memoryview]) -> list[int]:
         """Store pages of 4096 bytes; returns their slots, in order, with one owner each: `ZERO` for zeroes.
@@ -130,7 +131,7 @@ class SwapFile:
         if slot == ZERO:
             out[:] = _ZEROES
         else:
-            self._store.read_into(slot, out)
+            self.store.read_into(slot, out)
 
     def retain(self, slots: Iterable[int]) -> None:
         """One more owner for each slot.  Raises KeyError for one that is not in use."""
@@ -166,7 +167,7 @@ class SwapFile:
 
     def close(self) -> None:
         """Remove the file."""
-        self._store.close()
+        self.store.close()
         with suppress(OSError):
             self.path.unlink()
 

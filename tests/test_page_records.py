@@ -26,6 +26,7 @@ from vmm.memory.records import (
     decode_into,
     encode,
 )
+from vmm.memory.stamp import Stamp
 
 _FIXED = random.Random(4)
 
@@ -184,3 +185,22 @@ def test_a_store_says_what_it_cannot_read(file: Path) -> None:
     with pytest.raises(StoreError, match="cannot read the swap file at 0x40: Is a directory"):
         named.read_into(1, out)
     named.close()
+
+
+def test_a_store_that_is_to_stay_as_it_was_says_when_it_has_changed(file: Path) -> None:
+    out = memoryview(bytearray(PAGE))
+    os.utime(file, ns=(0, 0))                       # long ago: clocks of file systems are coarse
+    with file.open() as opened:
+        stamp = Stamp.of(opened.fileno())
+    store, again = PageStore(file, "web.snap", stamp), PageStore(file, "web.snap", stamp)
+    store.read_into(1, out)
+    file.rename(file.with_name("elsewhere"))        # which is no change of what is in it
+    store.read_into(1, out)
+    with open(file.with_name("elsewhere"), "r+b") as other:
+        other.seek(UNIT)
+        other.write(encode(b"page two" * 512))
+    for reader in store, again:
+        with pytest.raises(StoreError, match=r"^web\.snap was changed while pages of a guest were in it$"):
+            reader.read_into(1, out)
+        reader.close()
+    assert out == b"page one" * 512

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,32 @@ def test_a_restored_vm_without_its_kernel_says_so_at_its_next_start(daemon: Priv
             blob.unlink()
     ended = operation(daemon, "/vms/new/start")
     assert ended["status"] == "failed" and "upload it again to boot from it" in ended["error"], ended
+
+
+def overwritten(file: Path, other: Path) -> None:
+    """As cp(1) does it."""
+    with file.open("r+b") as target:
+        target.write(other.read_bytes())
+        target.truncate()
+
+
+@pytest.mark.parametrize("harm", [
+    overwritten, lambda file, _: os.truncate(file, 1000), lambda file, _: file.write_bytes(b"")])
+def test_a_guest_whose_file_is_changed_is_lost_and_says_so(
+        daemon: PrivateDaemon, counting: str, harm: Callable[[Path, Path], object]) -> None:
+    file, other = save(daemon, "vm"), save(daemon, "vm")
+    restore(daemon, file, "new")
+    restore(daemon, other, "newer")
+    after = paused(daemon, "newer")
+    daemon.do("new", "pause")
+    harm(file, other)
+    daemon.do("new", "resume")
+    # it may go on with what it has read; what it has not, and its next snapshot needs, is lost
+    operation(daemon, "/vms/new/pause")
+    if daemon.get("/vms/new")["state"] == "paused":
+        ended = operation(daemon, "/vms/new/snapshot")
+        assert ended["status"] == "failed" and f"{file} was changed" in ended["error"], ended
+    else:
+        assert f"{file} was changed" in daemon.get("/vms/new")["reason"]
+    daemon.do("newer", "resume")
+    goes_on(daemon, "newer", after)

@@ -20,6 +20,7 @@ from hostd.errors import Failed, NotFound
 from hostd.snapshot.layout import DIGEST, HEADER, PIECE, Base, Header, Tail, Unusable, digest, pieces
 from vmm.memory.pool import PAGE
 from vmm.memory.records import PageStore, StoreError
+from vmm.memory.stamp import Stamp
 
 #: finds the open snapshot that a base's name and id mean.  Raises NotFound, Unusable, Failed
 Resolver = Callable[[Base], "Snapshot"]
@@ -61,7 +62,8 @@ class Snapshot:
             raise NotFound(f"there is no snapshot {path}") from None
         except OSError as error:
             raise Failed(f"cannot open {path}: {error.strerror}") from None
-        store = PageStore(fd, name=str(path))
+        # before anything is read: what is verified later on is the file of this moment, or is found out
+        store = PageStore(fd, str(path), Stamp.of(fd))
         try:
             snapshot = cls(path, store, *_read(fd))
             if resolve is not None:

@@ -26,6 +26,7 @@ import zstandard
 
 from vmm.memory.errors import FrameError
 from vmm.memory.pool import PAGE
+from vmm.memory.stamp import Stamp
 
 #: offsets in a file and sizes of records are counted in units of so many bytes
 UNIT = 64
@@ -145,9 +146,13 @@ class PageStore:
 
     Made of a path, or of a descriptor, which is from then on this object's to close; `name` is what errors
     call it.  Several threads may read at a time.  Raises StoreError where the file cannot be opened.
+
+    With a `stamp` the file is to stay as it was then: records have checksums, but if another file is copied
+    over this one, each record that is found is a good one, of something else.
     """
 
-    def __init__(self, source: Path | str | int, name: str = "") -> None:
+    def __init__(self, source: Path | str | int, name: str = "", stamp: Stamp | None = None) -> None:
+        self.stamp = stamp
         if isinstance(source, int):
             self.fd = source
             self.name = name or f"page store {source}"
@@ -158,14 +163,25 @@ class PageStore:
             except OSError as error:
                 raise StoreError(f"cannot open {self.name}: {error.strerror}") from None
 
+    def copy(self) -> PageStore:
+        """The same file, to be closed on its own.  Raises StoreError."""
+        try:
+            return PageStore(os.dup(self.fd), self.name, self.stamp)
+        except OSError as error:
+            raise StoreError(f"cannot open {self.name}: {error.strerror}") from None
+
     def read_into(self, offset_units: int, out: memoryview) -> None:
         """Put the page whose record is at `offset_units` times 64 bytes into `out` (4096 bytes).
 
-        Raises StoreError, with `out` as it was, where there is no whole record.
+        Raises StoreError, with `out` as it was, where there is no whole record, or the file was changed.
         """
         at = offset_units * UNIT
         try:
-            decode_into(os.pread(self.fd, MAX_RECORD, at), out)
+            data = os.pread(self.fd, MAX_RECORD, at)
+            # Invariant: looked at after the read, so that whatever was read before a change is of before it
+            if self.stamp is not None and Stamp.of(self.fd) != self.stamp:
+                raise StoreError(f"{self.name} was changed while pages of a guest were in it")
+            decode_into(data, out)
         except RecordError as error:
             raise StoreError(f"{self.name} holds no page at {at:#x}: {error}") from None
         except OSError as error:
