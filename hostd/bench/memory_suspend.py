@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from hostd.bench.memory_guests import names
+from hostd.bench.memory_guests import await_console, names
 from hostd.ctl import demo
 from hostd.ctl.client import Client, vm_path
 from hostd.ctl.demo import Template
@@ -26,8 +26,6 @@ from hostd.model import CloneRequest, MonitorName
 #: typed at a shell; what is typed shows on the console, too, but not at the beginning of a line
 _COUNT = b"i=0; while :; do i=$((i+1)); echo; echo N$i; sleep 1; done\n"
 _NUMBER = re.compile(rb"^N(\d+)\r?$", re.MULTILINE)
-#: seconds that the guests count before, and after
-_BEFORE_S, _AFTER_S = 4.0, 4.0
 _LOOK_S = 0.02
 _TIMEOUT_S = 120.0
 
@@ -43,6 +41,8 @@ class Suspended(msgspec.Struct, frozen=True, kw_only=True):
     #: from the word to go down until the daemon was gone, and from its start until every guest ran
     suspend_s: float
     resume_s: float
+    #: from that start until every guest had counted on
+    counting_s: float
     #: on disk, of all of them
     file_bytes: int
     failures: list[str]
@@ -59,8 +59,9 @@ def measure(template: Template, guests: int, say: Say) -> Suspended:
                                        CloneRequest(names=list(fleet), start=True)))
             for name in fleet:
                 client.call("POST", vm_path(name, "input"), content=_COUNT)
-            say(f"{guests} guests under {template.vmm} count; then the host is restarted")
-            time.sleep(_BEFORE_S)
+            for name in fleet:
+                await_console(client, name, r"\nN2\b")
+            say(f"{guests} guests under {template.vmm} count; the host is restarted")
             before = [_numbers(client, name) for name in fleet]
             began = time.monotonic()
         suspend_s = time.monotonic() - began
@@ -69,12 +70,16 @@ def measure(template: Template, guests: int, say: Say) -> Suspended:
         with private_daemon(directory=Path(directory), suspend=True) as daemon:
             _until_all_run(daemon.client, fleet)
             resume_s = time.monotonic() - began
-            time.sleep(_AFTER_S)
+            for name, numbers in zip(fleet, before):
+                await_console(daemon.client, name, rf"\nN{len(numbers) + 2}\b")
+            counting_s = time.monotonic() - began
             after = [_numbers(daemon.client, name) for name in fleet]
     failures = [f"{name}: {what}" for name, one, other in zip(fleet, before, after)
                 for what in judge(one, other)]
-    return Suspended(vmm=template.vmm, guests=guests, memory=template.memory, suspend_s=round(suspend_s, 2),
-                     resume_s=round(resume_s, 2), file_bytes=file_bytes, failures=failures)
+    return Suspended(
+        vmm=template.vmm, guests=guests, memory=template.memory, suspend_s=round(suspend_s, 2),
+        resume_s=round(resume_s, 2), counting_s=round(counting_s, 2), file_bytes=file_bytes,
+        failures=failures)
 
 
 def judge(before: Sequence[int], after: Sequence[int]) -> list[str]:
@@ -83,8 +88,6 @@ def judge(before: Sequence[int], after: Sequence[int]) -> list[str]:
         return ["it had not begun to count"]
     if list(after) != list(range(1, len(after) + 1)):
         return [f"it lost count: {', '.join(map(str, after))}"]
-    if len(after) <= len(before):
-        return [f"it stands at {len(after)} since the host was restarted"]
     return []
 
 

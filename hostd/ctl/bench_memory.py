@@ -145,9 +145,11 @@ def show(report: Report) -> None:
     if report.suspend is not None:
         click.echo()
         print_table(
-            ["MONITOR", ">GUESTS", ">MEMORY", ">SUSPENDED AFTER", ">RESUMED AFTER", ">FILES", "COUNTS"],
+            ["MONITOR", ">GUESTS", ">MEMORY", ">SUSPENDED AFTER", ">RESUMED AFTER", ">ALL COUNT AFTER",
+             ">FILES", "COUNTS"],
             [[row.vmm, row.guests, size(row.memory), f"{row.suspend_s:.2f} s", f"{row.resume_s:.2f} s",
-              size(row.file_bytes), "wrong" if row.failures else "go on"] for row in report.suspend])
+              f"{row.counting_s:.2f} s", size(row.file_bytes), "wrong" if row.failures else "right"]
+             for row in report.suspend])
     if report.sharing is not None:
         click.echo()
         print_table(

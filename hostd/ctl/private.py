@@ -107,11 +107,13 @@ def _await_answer(client: Client, process: subprocess.Popen[bytes], log: Path) -
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
     """End the daemon, which has so many seconds for it, and whatever is left of its session."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(patience)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    finally:                                        # also if we are told to end while we wait
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @contextmanager
