@@ -7,6 +7,8 @@ shares and swaps; and workers die, also with answers and reports unsent.
 
 from __future__ import annotations
 
+import os
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,6 +27,7 @@ from vmm.memory.physical import GuestMemory
 from vmm.memory.pool import Pool
 from vmm.memory.reclaim import carry_out
 from vmm.memory.records import UNIT, PageStore, encode
+from vmm.memory.stamp import Stamp
 
 PAGE = 4096
 GUEST = 1 << 20
@@ -124,12 +127,13 @@ class Host(RuleBasedStateMachine):
             records += encode(copy.p2m.contents(page))
         path.write_bytes(records)
         self.books.free(copy)
-        block, store = self.books.new(GUEST), PageStore(path)
-        number = self.books.stores.open(store, store.close)
+        block, fd = self.books.new(GUEST), os.open(path, os.O_RDONLY)
+        with closing(PageStore(fd, str(path), Stamp.of(fd))) as store:
+            number = self.books.stores.open(store)
         slots = np.array(offsets, dtype=np.uint64) | np.uint64(number << 32)
         self.books.stores.retain(slots)
         self.books.refer(block, pages, slots)
-        self.books.stores.close_unused(number)
+        self.books.stores.let_go(number)
         self.adopt(block, worker, expected)
 
     @precondition(lambda self: 0 < len(self.lives) < 5)
