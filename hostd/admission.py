@@ -106,7 +106,7 @@ class Admission:
         others = {vm.name: vm.definition for vm in self._guests.vms.values()} | self._promised
         for definition in definitions:
             others.pop(definition.name, None)
-        check_admission(self._memory.pool.size, ratio, others.values(), definitions)
+        check_admission(self._memory.pool.size, ratio, others.values(), definitions, self._memory.kept)
 
     @contextmanager
     def _counting(self, definitions: Sequence[Definition]) -> Iterator[None]:

@@ -307,6 +307,16 @@ class Books:
         self._given[worker] += count
         return self._allocator.lend(worker + 1, count) if count else []
 
+    def given_back(self, worker: int, extents: Sequence[Extent]) -> None:
+        """Frames from a worker's magazine.  Raises ValueError for what cannot be."""
+        if any(not 0 < first < first + count <= self._pool.frames for first, count in extents):
+            raise ValueError("a frame that is none")
+        for first, count in extents:
+            frames = np.arange(first, first + count)
+            if len(self._allocator.of(worker + 1, frames)) < count:
+                raise ValueError("a frame that was not lent to it")
+            self._give_back(frames)
+
     def reclaim(self, worker: int) -> int:
         """The worker is dead and its guests are freed: what it had in stock comes back."""
         return self._allocator.reclaim(worker + 1, self._leaves())

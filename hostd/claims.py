@@ -10,7 +10,7 @@ import msgspec
 from hostd.definition import Definition
 from hostd.errors import Conflict, Invalid
 from hostd.model import PAGE, VmPatch
-from hostd.policy.admission import Commitment, admit
+from hostd.policy.admission import NOTHING, Commitment, Kept, admit
 from hostd.policy.model import in_mib, settle
 
 
@@ -54,12 +54,12 @@ def grows(before: Definition, after: Definition) -> bool:
 
 
 def check_admission(pool_bytes: int, ratio: float, others: Iterable[Definition],
-                    requests: Sequence[Definition]) -> None:
-    """Raise Conflict unless the host can promise all `requests` beside the `others`."""
+                    requests: Sequence[Definition], kept: Kept = NOTHING) -> None:
+    """Raise Conflict unless the host can promise all `requests` beside the `others` and what is `kept`."""
     promised = [_commitment(other) for other in others]
     for request in requests:
         wanted = _commitment(request)
-        why = admit(pool_bytes // PAGE, ratio, promised, wanted)
+        why = admit(pool_bytes // PAGE, ratio, promised, wanted, kept)
         if why is not None:
             raise Conflict(f"VM {request.name} is not admitted: {why}")
         promised.append(wanted)

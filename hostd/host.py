@@ -92,11 +92,12 @@ class Host:
         self._inventory = Inventory(config.state_dir)
         images = Images(config.state_dir)
         self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap",
-                                     config.memory.swap.bytes, config.memory.overcommit_ratio)
+                                     config.memory.swap.bytes, config.memory.overcommit_ratio,
+                                     config.worker_count)
         self._guests = Guests(nursery, self._memory, images, self._inventory, self.events)
         self._cloner = Cloner(self._guests, self._memory, self._inventory, self.events)
         options = [config.log.level, config.log.format, str(round(config.scheduler.slice_ms * 1e6)),
-                   config.bt.cpu, str(config.bt.cache.bytes)]
+                   config.bt.cpu, str(config.bt.cache.bytes), str(self._memory.refill)]
         self._workers = self._guests.workers = Workers(
             config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases, options,
             worker_command)

@@ -90,6 +90,8 @@ class Leases:
         self._hungry: dict[Worker, int] = {}
         #: of those that were asked to count their frames, what was wrong the last time, "" for nothing
         self._miscounts: dict[Worker, str] = {}
+        #: workers that were given frames since they were last asked for those they can do without
+        self._stocked: set[Worker] = set()
         #: called when a worker begins to wait for frames
         self.on_hunger: Callable[[], None] = lambda: None
         memory.on_freed = self._feed_hungry
@@ -103,6 +105,7 @@ class Leases:
             protocol.Console: self._on_console,
             protocol.Listing: self._on_listing,
             protocol.NeedFrames: self._on_need_frames,
+            protocol.GivenBack: self._on_given_back,
             protocol.AtLimit: self._on_at_limit,
             protocol.Reported: self._on_reported,
             protocol.Reclaimed: self._on_reclaimed,
@@ -201,6 +204,7 @@ class Leases:
         # first of all, or what its guests leave would be lent to it
         self._hungry.pop(worker, None)
         self._miscounts.pop(worker, None)
+        self._stocked.discard(worker)
         for vm in [vm for vm in self._held.values() if vm.worker is worker]:
             if vm.lease in self._adopting:
                 self._lost(vm, NeverAdopted(why))
@@ -262,6 +266,7 @@ class Leases:
         extents = self._memory.books.lend(worker.index, min(message.count, MAX_GRANT))
         if extents:
             self._hungry.pop(worker, None)
+            self._stocked.add(worker)
             worker.send(protocol.Grant(extents))
         elif worker not in self._hungry:
             log.warning("machine memory is exhausted: guests wait", extra={"worker": worker.index})
@@ -278,6 +283,18 @@ class Leases:
     def demanded(self) -> int:
         """Frames that workers wait for."""
         return sum(self._hungry.values())
+
+    def collect_stock(self) -> None:
+        """Somebody waits for frames: have workers that do not give back those they have to spare."""
+        for worker in self._stocked - self._hungry.keys():
+            worker.send(protocol.GiveBack())
+            self._stocked.discard(worker)
+
+    def _on_given_back(self, worker: Worker, message: protocol.GivenBack) -> None:
+        try:
+            self._memory.books.given_back(worker.index, message.extents)
+        except ValueError as error:
+            raise protocol.ProtocolError(f"stock given back that cannot be: {error}") from None
 
     def _feed_hungry(self) -> None:
         """Memory came free: give it to the workers that wait for some."""

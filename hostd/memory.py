@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from hostd.errors import Failed
-from vmm.memory.pool import Pool
+from hostd.policy import stock
+from hostd.policy.admission import Kept
+from vmm.memory.pool import PAGE, Pool
 
 if TYPE_CHECKING:
     from hostd.books import Books
@@ -27,9 +29,8 @@ class MachineMemory:
     numpy, in which they are kept, would be a fifth of the daemon's start."""
 
     def __init__(self, size: int, swap_path: Path | None = None, swap_bytes: int = 0,
-                 overcommit: float = 1.0) -> None:
+                 overcommit: float = 1.0, workers: int = 1) -> None:
         self._swap = swap_path, swap_bytes
-        self._overcommit = overcommit
         #: frames that guests about to start wait for
         self.wanted = 0
         #: called when there are not enough
@@ -37,6 +38,12 @@ class MachineMemory:
         #: called when frames came free: workers that wait for some come first
         self.on_freed: Callable[[], None] = lambda: None
         self._freed = trio.Event()
+        frames = size // PAGE
+        #: frames that each of the workers asks for at once
+        self.refill = stock.refill(frames, workers)
+        # a P2M takes a 512th of its guest's memory, the rest of its block hardly more than a quarter of that
+        self.kept = Kept(workers * stock.most(self.refill),
+                         min(frames // MOST_RESERVED, int(frames * overcommit) // 384))
         try:
             self.pool = Pool(size)
         except OSError as error:
@@ -72,7 +79,5 @@ class MachineMemory:
         from hostd.swapfile import SwapFile
 
         path, limit = self._swap
-        # a P2M takes a 512th of its guest's memory, the rest of its block hardly more than a quarter of that
-        reserve = min(self.pool.frames // MOST_RESERVED, int(self.pool.frames * self._overcommit) // 384)
         swap = SwapFile(path, limit) if path is not None and limit else None
-        return Books(self.pool, Stores(swap), reserve, self._tell_freed)
+        return Books(self.pool, Stores(swap), self.kept.overhead, self._tell_freed)

@@ -101,6 +101,7 @@ class MemoryKeeper:
         guests.leases.on_hunger = memory.on_want = self._hungry
 
     def _hungry(self) -> None:
+        self._guests.leases.collect_stock()
         self._hunger.set()
 
     async def run(self) -> None:

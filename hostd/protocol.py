@@ -166,6 +166,11 @@ class Grant(Message, frozen=True):
     extents: list[tuple[int, int]]
 
 
+class GiveBack(Message, frozen=True):
+    """Memory is short: give back frames in stock that guests here will not need soon.  Answer: GivenBack, or
+    none if there are no such frames."""
+
+
 class Ping(Message, frozen=True):
     id: int
     #: if it is to count its frames: how many it was ever given
@@ -237,6 +242,12 @@ class NeedFrames(Message, frozen=True):
     count: int
 
 
+class GivenBack(Message, frozen=True):
+    """Frames that were in stock, as (first frame, count)."""
+
+    extents: list[tuple[int, int]]
+
+
 class AtLimit(Message, frozen=True):
     """The guest stands still: it wants a frame and has as many as it may (SetRation)."""
 
@@ -301,9 +312,9 @@ class Pong(Message, frozen=True):
 
 
 ToWorker = (Adopt | Release | Input | SetShare | PowerButton | Reclaim | DirtyLog | SetBalloon
-            | SetRation | CloseStore | ListTranslations | WarmUp | Grant | Ping | Quit)
-ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | AtLimit
-            | Reported | Reclaimed | Dirty | Wanted | BalloonView | Pong)
+            | SetRation | CloseStore | ListTranslations | WarmUp | Grant | GiveBack | Ping | Quit)
+ToDaemon = (Hello | Adopted | Released | Refused | Stopped | Console | Listing | NeedFrames | GivenBack
+            | AtLimit | Reported | Reclaimed | Dirty | Wanted | BalloonView | Pong)
 
 _encoder = msgspec.msgpack.Encoder()
 

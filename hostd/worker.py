@@ -2,8 +2,10 @@
 """A worker process: one physical CPU, and the guests that take turns on it.
 
     python -m hostd.worker SOCKET INDEX POOL POOL_BYTES TSC_KHZ LOG_LEVEL LOG_FORMAT SLICE_NS BT_CPU BT_CACHE
+        REFILL
 
 SOCKET and POOL are inherited descriptors: the stream to the daemon (hostd/protocol.py) and machine memory.
+REFILL is how many frames are asked for at once.
 
 One thread does everything: it reads messages, asks the run queue whose turn it is, runs that guest until its
 slice ends, another guest's alarm is due or a message arrives (either kicks the CPU), and settles what came of
@@ -32,10 +34,10 @@ from hostd.model import BtCpu
 from hostd.openslots import OpenSlots
 from hostd.resident import Resident
 from hostd.scheduler import RunQueue
+from hostd.stock import Stock
 from hostd.translations import Translations
 from hostd.translator import NoTranslator, Translator
 from vmm.memory.block import VmBlock
-from vmm.memory.frames import Magazine
 from vmm.memory.pool import Pool
 from vmm.memory.records import StoreError
 from vmm.monitor import Stop, StopReason
@@ -46,9 +48,6 @@ from vmm.state import StateError
 
 log = logging.getLogger(__name__)
 
-#: more frames are asked for when fewer than this are in stock, so many at a time
-LOW_STOCK = 512
-REFILL = 2048
 #: output that is collected before it is sent, unless a turn ends first
 OUTPUT_BUFFER = 256 << 10
 #: console input that a guest was too slow for is dropped by its UART; nothing else is read in larger pieces
@@ -75,13 +74,13 @@ class WorkerLoop:
     """
 
     def __init__(self, channel: socket.socket, pool: Pool, cpu: Cpu, translator: Translator, tsc_khz: int,
-                 slice_ns: int) -> None:
+                 slice_ns: int, refill: int) -> None:
         self._channel = channel
         self._pool = pool
         self._cpu = cpu
         self._translator = translator
         self._tsc_khz = tsc_khz
-        self._magazine = Magazine()
+        self._stock = Stock(refill)
         self._translations = Translations(cpu)
         self._slots = OpenSlots()
         self._queue = RunQueue(slice_ns)
@@ -90,7 +89,6 @@ class WorkerLoop:
         self._alarms: list[tuple[int, str]] = []
         #: guests waiting for a Grant, or for a page from another host
         self._starved: list[str] = []
-        self._asked = False
         self._quit = False
         self._splitter = protocol.Splitter[protocol.ToWorker](protocol.ToWorker)
         self._output = bytearray()
@@ -108,6 +106,7 @@ class WorkerLoop:
             protocol.ListTranslations: self._on_list_translations,
             protocol.WarmUp: self._on_warm_up,
             protocol.Grant: self._on_grant,
+            protocol.GiveBack: self._on_give_back,
             protocol.Ping: self._on_ping,
             protocol.Quit: self._on_quit,
         }
@@ -219,7 +218,7 @@ class WorkerLoop:
             block = VmBlock(self._pool, message.base_frame, message.memory_bytes)
             self._translations.forget_guest(block.leaf(), message.snapshot, message.unchanged)
             self._slots.open(message.stores)
-            guest = Resident(message, self._cpu, block, self._magazine, self._tsc_khz,
+            guest = Resident(message, self._cpu, block, self._stock.magazine, self._tsc_khz,
                              lambda data: self._say(lease, data), self._translator, self._slots)
         except (StateError, StoreError) as error:
             self._send(protocol.Refused(lease, "adopt", f"its state cannot be loaded: {error}"))
@@ -315,11 +314,15 @@ class WorkerLoop:
     def _on_grant(self, message: protocol.Grant) -> None:
         for first, count in message.extents:
             self._translations.forget_frames(first, count)
-            self._magazine.add(first, count)
-        self._asked = False
+        self._stock.granted(message.extents)
         self._starved = [lease for lease in self._starved if lease in self._guests]
         for lease in [lease for lease in self._starved if not self._guests[lease].ration.used_up]:
             self._feed(lease)
+
+    def _on_give_back(self, message: protocol.GiveBack) -> None:
+        spare = self._stock.spare(guests=bool(self._guests))
+        if spare is not None:
+            self._send(spare)
 
     def _on_ping(self, message: protocol.Ping) -> None:
         now = time.monotonic_ns()
@@ -362,13 +365,12 @@ class WorkerLoop:
         """Frames that it has, in stock and in guests' own pages; what they gave back was told before."""
         for guest in self._guests.values():
             self._report(guest)
-        return len(self._magazine) + sum(guest.private_pages() for guest in self._guests.values())
+        return len(self._stock.magazine) + sum(guest.private_pages() for guest in self._guests.values())
 
     def _keep_stock(self) -> None:
-        """Ask for frames before they run out."""
-        if not self._asked and len(self._magazine) < LOW_STOCK:
-            self._asked = True
-            self._send(protocol.NeedFrames(REFILL))
+        wanted = self._stock.wanted()
+        if wanted is not None:
+            self._send(wanted)
 
     def _say(self, lease: str, data: bytes) -> None:
         self._send(protocol.Console(lease, data))
@@ -395,7 +397,8 @@ class WorkerLoop:
 
 def main(arguments: list[str]) -> None:
     """What `python -m hostd.worker` does."""
-    socket_fd, index, pool_fd, pool_bytes, tsc_khz, level, format, slice_ns, bt_cpu, bt_cache = arguments
+    socket_fd, index, pool_fd, pool_bytes, tsc_khz, level, format, slice_ns, bt_cpu, bt_cache, \
+        refill = arguments
     # The daemon decides when a worker ends: a service manager or a terminal that signals the whole group must
     # not take the guests' CPU from under them.
     for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
@@ -412,7 +415,7 @@ def main(arguments: list[str]) -> None:
     except SiliconError as error:
         sys.exit(f"hostd worker {index}: {error}")
     translator = Translator(pool, cpu.kicker, cast(BtCpu, bt_cpu), int(bt_cache))
-    loop = WorkerLoop(channel, pool, cpu, translator, int(tsc_khz), int(slice_ns))
+    loop = WorkerLoop(channel, pool, cpu, translator, int(tsc_khz), int(slice_ns), int(refill))
     cpu.kicker.on_readable(channel.fileno())
     loop.hello(f"Unicorn {unicorn.__version__} AMD-V")
     log.debug("started", extra={"worker": index})

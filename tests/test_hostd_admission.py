@@ -50,6 +50,13 @@ async def test_the_host_promises_no_more_than_it_may(told: ToldHost) -> None:
     assert told.definitions() == {"large.json", "other.json", "third.json"}
 
 
+async def test_what_workers_may_have_in_stock_is_promised_to_nobody(told: ToldHost) -> None:
+    """Nor what is kept for overheads."""
+    with pytest.raises(Conflict, match=r"a reservation of 62 MiB .* that are neither reserved nor kept"):
+        await told.create("web", memory=62 << 20, reservation=62 << 20)
+    await told.create("web", memory=62 << 20, reservation=60 << 20)
+
+
 async def test_what_is_in_the_making_counts(told: ToldHost) -> None:
     """Of two requests at once that fit one at a time, one is refused."""
     kernel = await told.blob()

@@ -26,6 +26,8 @@ TO_WORKER = [
     protocol.ListTranslations("web#1", 0x101000),
     protocol.Grant([(1, 2), (3, 4)]),
     protocol.Ping(7),
+    protocol.Ping(7, 1000),
+    protocol.GiveBack(),
     protocol.Quit(),
 ]
 TO_DAEMON = [
@@ -37,6 +39,7 @@ TO_DAEMON = [
     protocol.Console("web#1", b"login:"),
     protocol.Listing("web#1", "00101000  mov ecx, edi", False),
     protocol.NeedFrames(1024),
+    protocol.GivenBack([(7, 3), (20, 1)]),
     protocol.AtLimit("web#1"),
     protocol.Reported("web#1", [1, 2, 3], [9], []),
     protocol.Reclaimed("web#1", b"", bytes(8)),

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from hostd.policy import Claim, Commitment, Settings, State, Tuning, WorkingSet, admit, entitlements, settle
+from hostd.policy.admission import Kept
 from hostd.policy.pressure import next_state
+from hostd.policy.stock import low, most, refill
 from hostd.policy.victims import NEW, aged, coldest
 
 # -- entitlement
@@ -254,21 +256,31 @@ def test_admission_is_by_reservation_and_by_ratio() -> None:
     assert admit(pool, 8, fifty, Commitment(128 * 256, 422 * 256, 512)) is None
     assert admit(pool, 8, fifty, Commitment(512 * 256, 423 * 256, 512)) == (
         "a reservation of 423 MiB with 2 MiB of overhead does not fit the 424 MiB of the host's 1024 MiB "
-        "that are not reserved")
+        "that are neither reserved nor kept")
     assert admit(pool, 6.25, fifty, Commitment(128 * 256, 0, 512)) == (
         "memory of 128 MiB beside the 6400 MiB of other VMs is more than the 6400 MiB that an overcommit "
         "ratio of 6.25 allows on a host of 1024 MiB")
 
 
-@example(10, [], Commitment(10, 5, 5), 1.0)
+@example(10, [], Commitment(10, 5, 5), 1.0, Kept())
 @given(st.integers(0, 10_000), st.lists(st.builds(Commitment, *[st.integers(0, 3000)] * 3), max_size=6),
-       st.builds(Commitment, *[st.integers(0, 3000)] * 3), st.floats(0.1, 10))
+       st.builds(Commitment, *[st.integers(0, 3000)] * 3), st.floats(0.1, 10),
+       st.builds(Kept, st.integers(0, 500), st.integers(0, 5000)))
 def test_whoever_is_admitted_fits(pool: int, others: list[Commitment], request: Commitment,
-                                  ratio: float) -> None:
+                                  ratio: float, kept: Kept) -> None:
     everyone = [*others, request]
-    fits = (sum(one.reservation + one.overhead for one in everyone) <= pool
+    overhead = max(kept.overhead, sum(one.overhead for one in everyone))
+    fits = (sum(one.reservation for one in everyone) + overhead + kept.stock <= pool
             and sum(one.memory for one in everyone) <= int(pool * ratio))
-    assert (admit(pool, ratio, iter(others), request) is None) == fits
+    assert (admit(pool, ratio, iter(others), request, kept) is None) == fits
+
+
+@given(st.integers(4096, 1 << 24), st.integers(1, 64))
+def test_the_stock_of_all_workers_is_a_small_part_of_the_pool(pool: int, workers: int) -> None:
+    size = refill(pool, workers)
+    assert 0 < low(size) < size
+    assert workers * most(size) <= pool * 5 // 128 + workers * 20
+    assert size == 2048 or workers * (size + 1) > pool // 32, "and no smaller than it need be"
 
 
 @pytest.mark.parametrize("bad", [

@@ -18,19 +18,34 @@ class Commitment(NamedTuple):
     overhead: int
 
 
-def admit(pool: int, ratio: float, others: Iterable[Commitment], request: Commitment) -> str | None:
+class Kept(NamedTuple):
+    """What of the pool is for no guest's memory, in pages: the most that workers have in stock, and what is
+    kept for overheads, which may be more."""
+
+    stock: int = 0
+    overhead: int = 0
+
+
+NOTHING = Kept()
+
+
+def admit(pool: int, ratio: float, others: Iterable[Commitment], request: Commitment,
+          kept: Kept = NOTHING) -> str | None:
     """Why the request cannot be met beside the others, in one sentence; None if it can be.
 
-    Reservations and overheads together fit the pool (OSDI 2002, 6.2), and all the memory that guests see is
-    at most `ratio` times the pool.
+    Reservations and overheads together fit the pool (OSDI 2002, 6.2) and leave what is `kept`, and all the
+    memory that guests see is at most `ratio` times the pool.
     """
     others = list(others)
-    unreserved = pool - sum(other.reservation + other.overhead for other in others)
-    needed = request.reservation + request.overhead
-    if needed > unreserved:
+    overhead = sum(other.overhead for other in others)
+    unreserved = (pool - kept.stock - max(kept.overhead, overhead)
+                  - sum(other.reservation for other in others))
+    # the first overheads are in what is kept for them
+    more = min(request.overhead, max(0, overhead + request.overhead - kept.overhead))
+    if request.reservation + more > unreserved:
         return (f"a reservation of {in_mib(request.reservation)} with {in_mib(request.overhead)} of overhead "
-                f"does not fit the {in_mib(max(unreserved, 0))} of the host's {in_mib(pool)} that are not "
-                f"reserved")
+                f"does not fit the {in_mib(max(unreserved, 0))} of the host's {in_mib(pool)} that are "
+                f"neither reserved nor kept")
     committed = sum(other.memory for other in others)
     most = pool * ratio
     if committed + request.memory > most:

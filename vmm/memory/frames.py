@@ -58,16 +58,32 @@ class Magazine:
     def take(self) -> int:
         """One zeroed frame.  Raises OutOfFrames."""
         if self._next == self._end:
-            if not self._extents:
-                raise OutOfFrames("no frame in stock")
-            self._next, count = self._extents.pop()
-            self._end = self._next + count
+            self._open_extent()
         frame = self._next
         self._next += 1
         self._stock -= 1
         return frame
 
     exchange = take
+
+    def give(self, count: int) -> list[Extent]:
+        """Take `count` frames out of stock, if that many are there."""
+        given = []
+        while count > 0 and self._stock:
+            if self._next == self._end:
+                self._open_extent()
+            use = min(count, self._end - self._next)
+            given.append((self._next, use))
+            self._next += use
+            self._stock -= use
+            count -= use
+        return given
+
+    def _open_extent(self) -> None:
+        if not self._extents:
+            raise OutOfFrames("no frame in stock")
+        self._next, count = self._extents.pop()
+        self._end = self._next + count
 
     def rest(self) -> np.ndarray:
         """All that are left, which are not in stock any more."""
