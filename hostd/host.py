@@ -380,7 +380,7 @@ class Host:
     def _saver(self) -> Saver:
         from hostd.saving import Saver
 
-        return Saver(self._guests, self._memory, self.config.state_dir)
+        return Saver(self._guests, self._memory, self._inventory.snapshots)
 
     @cached_property
     def _restorer(self) -> Restorer:

@@ -20,7 +20,8 @@ from hostd.errors import Failed
 SUSPENDED, SUSPENDING = "suspended", "suspending"
 #: what is left of the first when the guests go on (hostd/resuming.py)
 RESUMED = "suspended.resumed"
-#: how the names of snapshots end
+#: the directory of snapshots, and how their names end
+SNAPSHOTS = "snapshots"
 SUFFIX = ".snap"
 
 
@@ -36,6 +37,8 @@ class Inventory:
         self._directory = state_dir / "vms"
         self._lock = _lock(state_dir / "lock")
         storage.make_directory(self._directory)
+        self.snapshots = state_dir / SNAPSHOTS
+        storage.make_directory(self.snapshots)
         self._suspended, self._resumed = state_dir / SUSPENDED, state_dir / RESUMED
         shutil.rmtree(state_dir / SUSPENDING, ignore_errors=True)
 

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from hostd import storage
 from hostd.copies import copy_guest
-from hostd.errors import Conflict, Failed, Invalid
+from hostd.errors import Failed, Invalid
 from hostd.guests import Guests, Step
 from hostd.inventory import SUFFIX
 from hostd.memory import MachineMemory
 from hostd.model import PAGE, SnapshotView
+from hostd.newfile import check_free
 from hostd.saved import SavedVm, encode_saved
 from hostd.snapshot import Folder, Snapshot, SnapshotWriter
 from hostd.vm import Vm
@@ -33,14 +33,12 @@ from vmm.memory.records import StoreError
 if TYPE_CHECKING:
     from vmm.memory.block import VmBlock
 
-SNAPSHOTS = "snapshots"
-
 #: pages between two looks at whether somebody still wants this
 PIECE = 512
 
 
 class Saver:
-    """`directory` is the host's state directory."""
+    """`directory` is where snapshots go if nobody says otherwise."""
 
     def __init__(self, guests: Guests, memory: MachineMemory, directory: Path) -> None:
         self._guests = guests
@@ -51,7 +49,7 @@ class Saver:
         """Save the guest as it is at this moment, in a new file; what is in `base` is not written again.
 
         Raises Conflict for a file that exists or a VM without memory, Invalid and NotFound for a base that
-        cannot be one, Failed where the disk is full; cancelled or failed, it leaves nothing.
+        cannot be one, Failed where the file cannot be written; cancelled or failed, it leaves nothing.
         """
         path = self._place(vm, to, base)
         step("reading the base" if base else "copying memory", 0.0)
@@ -65,14 +63,15 @@ class Saver:
                 copy = await copy_guest(self._guests, self._memory, vm)
             try:
                 saved = encode_saved(SavedVm.of(definition, copy.block))
-                await trio.to_thread.run_sync(_write_guest, path, copy.block, copy.state, saved, basis, step)
+                size = await trio.to_thread.run_sync(
+                    _write_guest, path, copy.block, copy.state, saved, basis, step)
             finally:
                 self._guests.free_copy(copy.block)
         finally:
             folder.close()
             if basis is not None:
                 basis.close()
-        return SnapshotView(file=str(path), size=path.stat().st_size, pause_s=copy.pause_s)
+        return SnapshotView(file=str(path), size=size, pause_s=copy.pause_s)
 
     def _place(self, vm: Vm, to: Path | None, base: Path | None) -> Path:
         for path in filter(None, (to, base)):
@@ -81,18 +80,11 @@ class Saver:
         if to is None:
             moment = time.time()
             name = time.strftime("%Y%m%dT%H%M%S", time.gmtime(moment)) + f".{int(moment * 1000) % 1000:03}"
-            to = (base.parent if base else self._snapshots()) / f"{vm.name}-{name}{SUFFIX}"
+            to = (base.parent if base else self._directory) / f"{vm.name}-{name}{SUFFIX}"
         if base is not None and base.parent != to.parent:
             raise Invalid(f"a snapshot lies beside its base: {to} is not in {base.parent}")
-        if to.exists():
-            raise Conflict(f"{to} exists already: give the snapshot another name")
+        check_free(to)
         return to
-
-    def _snapshots(self) -> Path:
-        directory = self._directory / SNAPSHOTS
-        with storage.told_plainly(directory):
-            directory.mkdir(mode=0o700, exist_ok=True)
-        return directory
 
 
 def _verified(folder: Folder, name: str) -> Snapshot:
@@ -136,8 +128,8 @@ def stored(leaf: np.ndarray) -> np.ndarray:
 
 
 def _write_guest(path: Path, block: VmBlock, state: bytes, definition: bytes, base: Snapshot | None,
-                 step: Step) -> None:
-    """A whole guest, whose memory nobody writes, into one file."""
+                 step: Step) -> int:
+    """A whole guest, whose memory nobody writes, into one file; its size."""
     leaf = block.leaf()
     pages, in_files = np.flatnonzero(framed(leaf)), np.flatnonzero(stored(leaf))
     frames = numbers_of(leaf[pages]).astype(np.int64)
@@ -150,7 +142,7 @@ def _write_guest(path: Path, block: VmBlock, state: bytes, definition: bytes, ba
         _add_slots(writer, in_files, numbers_of(leaf[in_files]), block.p2m.fetch)
         step("syncing", 0.95)
         check_wanted()
-        writer.finish()
+        return writer.finish()
 
 
 def _add_slots(writer: SnapshotWriter, pages: np.ndarray, slots: np.ndarray,

@@ -109,10 +109,12 @@ def test_a_full_disk_leaves_the_old_definition(inventory: Inventory, monkeypatch
 
 
 def test_what_a_dead_daemon_left_half_made_is_cleared(tmp_path: Path) -> None:
-    (tmp_path / "vms").mkdir()
-    (tmp_path / "vms" / f"{storage.PARTIAL}x.json").write_text("half")
+    for directory, kept in ("vms", "web.json"), ("snapshots", "web.snap"):
+        (tmp_path / directory).mkdir()
+        (tmp_path / directory / f"{storage.PARTIAL}x").write_text("half")
+        (tmp_path / directory / kept).write_text("whole")
     Inventory(tmp_path).close()
-    assert os.listdir(tmp_path / "vms") == []
+    assert os.listdir(tmp_path / "vms") == ["web.json"] and os.listdir(tmp_path / "snapshots") == ["web.snap"]
 
 
 def test_a_state_directory_that_cannot_be_is_told(tmp_path: Path) -> None:

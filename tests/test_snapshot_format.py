@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import random
 import struct
 import subprocess
@@ -18,7 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hostd.errors import Failed, Invalid, NotFound
+from hostd import storage
+from hostd.errors import Conflict, Failed, Invalid, NotFound
 from hostd.snapshot import Base, Folder, Snapshot, SnapshotWriter, Unusable
 from hostd.snapshot.layout import HEADER, MAX_BASES, MAX_DEFINITION, MAX_STATE, PIECE, page_digest
 from tests.test_bad_disk import with_disk
@@ -195,23 +198,44 @@ def test_what_is_too_large_for_a_snapshot(tmp_path: Path, what: str, options: di
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_snapshot_that_is_given_up_leaves_what_was_there(tmp_path: Path) -> None:
-    save(tmp_path / "guest", {1: filling(1)})
-    before = (tmp_path / "guest").read_bytes()
+@pytest.fixture(params=["unnamed", "named"])
+def files(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """File systems with and without files that have no name yet."""
+    if request.param == "named":
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)    # opening one to write does not work, either
+    return str(request.param)
+
+
+def test_a_snapshot_that_is_given_up_leaves_nothing(files: str, tmp_path: Path) -> None:
     with SnapshotWriter(tmp_path / "guest", MEMORY) as writer:
         writer.add_page(1, memoryview(filling(2)))
+        assert [path.name[:9] for path in tmp_path.iterdir()] == [storage.PARTIAL] * (files == "named")
     with pytest.raises(RuntimeError), SnapshotWriter(tmp_path / "guest", MEMORY) as writer:
         raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_snapshots_of_one_name_the_first_to_be_whole_is_kept(files: str, tmp_path: Path) -> None:
+    with SnapshotWriter(tmp_path / "guest", MEMORY) as slow:
+        slow.add_page(1, memoryview(filling(1)))
+        save(tmp_path / "guest", {2: filling(2)})
+        with pytest.raises(Conflict, match=f"^{tmp_path}/guest exists already: choose another name$"):
+            slow.finish()
+    with pytest.raises(Conflict), SnapshotWriter(tmp_path / "guest", MEMORY):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["guest"]
-    assert (tmp_path / "guest").read_bytes() == before
+    assert loaded(Snapshot.open(tmp_path / "guest")) == {2: filling(2)}
 
 
-def test_a_snapshot_that_is_replaced_can_still_be_read_by_who_has_it_open(tmp_path: Path) -> None:
-    save(tmp_path / "guest", {1: filling(1)})
-    old = Folder(tmp_path).open("guest")
-    save(tmp_path / "guest", {1: filling(2)})
-    assert loaded(old) == {1: filling(1)}
-    assert loaded(Folder(tmp_path).open("guest")) == {1: filling(2)}
+def test_a_snapshot_whose_name_is_not_on_the_disk_is_none(files: str, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(storage, "sync_directory", fails)
+    with pytest.raises(Failed, match=f"^cannot write {tmp_path}/guest: Input/output error$"):
+        save(tmp_path / "guest", {1: filling(1)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_snapshot_cannot_replace_its_own_base(tmp_path: Path) -> None:
@@ -259,6 +283,7 @@ def test_bases_that_are_missing_or_not_the_same_any_more(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="opened without its bases"):
         alone.verify()
     whole = base.read_bytes()
+    base.unlink()
     save(base, {1: filling(1)})
     with pytest.raises(Unusable, match=f"^{guest} cannot be used: its base base has been replaced"):
         Folder(tmp_path).open("guest")
@@ -277,12 +302,15 @@ def test_bases_that_are_missing_or_not_the_same_any_more(tmp_path: Path) -> None
 def test_what_cannot_be_opened_or_written(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=f"^there is no snapshot {tmp_path}/none$"):
         Folder(tmp_path).open("none")
-    with pytest.raises(Failed, match=f"^cannot read {tmp_path}: Is a directory$"):
-        Snapshot.open(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    for path in tmp_path, tmp_path / "fifo", Path("/dev/zero"):
+        with pytest.raises(Unusable, match=f"^{path} cannot be used: it is not a regular file$"):
+            Snapshot.open(path)
+    (tmp_path / "fifo").unlink()
     with pytest.raises(Failed, match=f"^cannot write {tmp_path}/none/guest: No such file or directory$"):
         save(tmp_path / "none" / "guest", {})
     (tmp_path / "directory").mkdir()
-    with pytest.raises(Failed, match=f"^cannot write {tmp_path}/directory: Is a directory$"):
+    with pytest.raises(Conflict, match=f"^{tmp_path}/directory exists already"):
         save(tmp_path / "directory", {})
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
@@ -295,26 +323,26 @@ from hostd.snapshot import Snapshot, SnapshotWriter
 
 directory = Path(sys.argv[1])
 noise = random.Random(1)
-def save(pages, state=b""):
-    with SnapshotWriter(directory / "guest", 1 << 30, state=state) as writer:
+def save(name, pages, state=b""):
+    with SnapshotWriter(directory / name, 1 << 30, state=state) as writer:
         for page in range(pages):
             writer.add_page(page, memoryview(noise.randbytes(4096)))
         writer.finish()
 
-save(100)
+save("guest", 100)
 before = (directory / "guest").read_bytes()
 told = set()
 # pages that do not fit; a tail that does not fit; not even the first byte of a file
 for pages, state in (1200, b""), (600, b""), (0, bytes(3 << 20)):
     try:
-        save(pages, state)
+        save("other", pages, state)
     except Failed as error:
         told.add(str(error))
     assert os.listdir(directory) == ["guest"], os.listdir(directory)
     assert (directory / "guest").read_bytes() == before
 print(*told)
 Snapshot.open(directory / "guest").verify()
-save(100)
+save("other", 100)
 """
 
 
@@ -322,7 +350,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
     state = tmp_path / "state"
     told = subprocess.run([*with_disk(state, "size=2M"), sys.executable, "-c", _ON_A_FULL_DISK, str(state)],
                           capture_output=True, text=True, timeout=60)
-    assert told.stderr == "" and told.stdout == f"no space left for guest in {state}\n"
+    assert told.stderr == "" and told.stdout == f"no space left for other in {state}\n"
 
 
 def test_the_file_is_as_documented(tmp_path: Path) -> None:

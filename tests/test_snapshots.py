@@ -154,9 +154,17 @@ def test_a_snapshot_on_a_base_holds_what_is_new(daemon: PrivateDaemon, counting:
 def test_names_places_and_files_that_cannot_be(daemon: PrivateDaemon, counting: str, tmp_path: Path) -> None:
     file = save(daemon, "vm", to=str(tmp_path / "vm.snap"))
     before = file.read_bytes()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "dangling").symlink_to("nothing")
     for body, sentence in (
-            ({"to": str(file)}, "exists already: give the snapshot another name"),
+            ({"to": str(file)}, f"{file} exists already: choose another name"),
+            ({"to": str(tmp_path)}, f"{tmp_path} exists already"),
+            ({"to": "/dev/null"}, "/dev/null exists already"),
             ({"to": str(tmp_path / "none" / "vm.snap")}, "No such file or directory"),
+            ({"to": str(file / "vm.snap")}, f"cannot write {file}/vm.snap: Not a directory"),
+            ({"to": str(tmp_path / ("n" * 256))}, "n: File name too long"),
+            ({"to": str(tmp_path / "dangling")}, f"{tmp_path}/dangling exists already"),
+            ({"to": str(tmp_path / "fifo")}, f"{tmp_path}/fifo exists already"),
             ({"base": str(tmp_path / "none")}, "there is no snapshot"),
             ({"to": str(daemon.directory / "x.snap"), "base": str(file)}, "lies beside its base")):
         ended = operation(daemon, "/vms/vm/snapshot", **body)
@@ -165,6 +173,11 @@ def test_names_places_and_files_that_cannot_be(daemon: PrivateDaemon, counting: 
     assert daemon.client.post("/restore", json={"file": str(file), "name": "vm"}).status_code == 409
     assert "VM vm exists already" in operation(daemon, "/restore", file=str(file))["error"]
     refused(daemon, tmp_path / "nothing", "there is no snapshot")
+    refused(daemon, tmp_path / ("n" * 256), "cannot open .*: File name too long")
+    for path in tmp_path, Path("/dev/null"), tmp_path / "fifo":
+        refused(daemon, path, f"{path} cannot be used: it is not a regular file")
+    (tmp_path / "fifo").unlink()
+    (tmp_path / "dangling").unlink()
     assert list(tmp_path.iterdir()) == [file] and file.read_bytes() == before
     goes_on(daemon, "vm", rounds(daemon.console("vm"))[-1])
 

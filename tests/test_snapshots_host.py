@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-from hostd.errors import NotFound
-from hostd.model import SnapshotRequest
-from hostd.operations import Operation
 from hostd.snapshot import Snapshot
 from tests.private_daemon import SOON, PrivateDaemon
 from tests.test_bad_disk import SmallDisk, with_disk
 from tests.test_snapshots import goes_on, operation, paused, rounds
-from tests.told_host import ToldHost
 from vmm import guests
 
 Start = Callable[..., PrivateDaemon]
@@ -226,27 +221,3 @@ def test_a_snapshot_for_which_there_is_no_room(start_daemon: Start, tmp_path: Pa
     goes_on(daemon, "vm", rounds(daemon.console("vm"))[-1])
     assert balanced(daemon)
     assert operation(daemon, "/vms/vm/snapshot")["status"] == "done"
-
-
-async def test_a_snapshot_that_is_called_off_leaves_nothing(told: ToldHost,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    await told.running("vm")
-    real = Operation.step
-
-    def call_off(operation: Operation, phase: str, progress: float) -> None:
-        real(operation, phase, progress)
-        if phase == "writing pages":                # the thread that writes says so
-            trio.from_thread.run_sync(told.host.operations.cancel, operation.id)
-
-    monkeypatch.setattr(Operation, "step", call_off)
-    snapshot = told.host.snapshot("vm", SnapshotRequest())
-    await snapshot.wait()
-    assert snapshot.status == "cancelled"
-    directory = told.host.config.state_dir / "snapshots"
-    assert list(directory.iterdir()) == []
-    assert told.host.get("vm").state == "running" and told.host.frames().shared > 0
-    await told.host.destroy("vm", force=True).outcome()
-    counts = told.host.frames()
-    assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
-    with pytest.raises(NotFound):
-        told.host.snapshot("vm", SnapshotRequest())

@@ -9,6 +9,7 @@ may be read nevertheless: each record has a checksum of its own.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -57,11 +58,14 @@ class Snapshot:
         that is not a whole snapshot or does not fit its bases.
         """
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except FileNotFoundError:
             raise NotFound(f"there is no snapshot {path}") from None
         except OSError as error:
             raise Failed(f"cannot open {path}: {error.strerror}") from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise Unusable(f"{path} cannot be used: it is not a regular file")
         # before anything is read: what is verified later on is the file of this moment, or is found out
         store = PageStore(fd, str(path), Stamp.of(fd))
         try:

@@ -9,16 +9,15 @@ rest follow when all are there.
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from struct import Struct
-from typing import BinaryIO
 
 import numpy as np
 
 from hostd import storage
 from hostd.errors import Failed, Invalid
+from hostd.newfile import NewFile
 from hostd.snapshot.layout import (
     HEADER,
     ID_SIZE,
@@ -51,7 +50,7 @@ _ROW = Struct(f"<III{PAGE_DIGEST}s")
 
 class SnapshotWriter:
     """A snapshot on its way to `path`: add pages, then `finish`; to leave the `with` without it leaves
-    nothing behind.
+    nothing behind.  Raises Conflict if there is something of that name: nothing is replaced.
 
     `memory_bytes` bounds the page numbers.  With `base` only what neither it nor its own bases have is
     written.  For one thread at a time.  Everything that writes raises Failed for what the disk refuses;
@@ -81,18 +80,14 @@ class SnapshotWriter:
         self._referred: list[np.ndarray] = []
         if base is not None:
             self._learn(base)
-        with storage.told_plainly(path):
-            fd, name = tempfile.mkstemp(prefix=storage.PARTIAL, dir=path.parent)
-        self._partial = Path(name)
-        self._data = _Data(path, os.fdopen(fd, "wb", buffering=0))
+        self._file = NewFile(path)
+        self._data = _Data(path, self._file.file)
 
     def __enter__(self) -> SnapshotWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._data.close()
-        with suppress(OSError):
-            self._partial.unlink()
+        self._file.close()
 
     # --- bases
 
@@ -178,8 +173,9 @@ class SnapshotWriter:
 
     # --- the end
 
-    def finish(self) -> None:
-        """Complete the file and give it its name, durably."""
+    def finish(self) -> int:
+        """Complete the file and give it its name, durably; its size.  Raises Conflict if another file has it
+        by then."""
         index = self._index()
         used = [number for number in range(1, len(self._files)) if np.any(index["base"] == number)]
         renumbered = np.zeros(len(self._files), dtype=np.uint32)
@@ -193,9 +189,8 @@ class SnapshotWriter:
                         state_bytes=len(self._state), definition_bytes=len(self._definition),
                         tail_digest=digest(tail))
         self._data.complete(header.pack(), tail)
-        with storage.told_plainly(self.path):
-            os.rename(self._partial, self.path)
-            storage.sync_directory(self.path.parent)
+        self._file.commit()
+        return header.file_bytes
 
     def _index(self) -> np.ndarray:
         added = np.frombuffer(self._rows, dtype=INDEX)
@@ -211,7 +206,7 @@ class SnapshotWriter:
 class _Data:
     """The file's data as it grows, written and hashed a piece at a time."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: FileIO) -> None:
         self._path = path
         self._file = file
         self._pending = bytearray()
@@ -244,10 +239,6 @@ class _Data:
             self._file.seek(0)
             self._write(header)
             os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._file.close()
 
     def _put(self, size: int) -> None:
         with memoryview(self._pending) as pending:
