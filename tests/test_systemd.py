@@ -104,6 +104,7 @@ def test_the_service_has_no_privilege_and_no_more_than_it_needs() -> None:
     assert service["User"] not in ("", "root")
     assert service["CapabilityBoundingSet"] == service["AmbientCapabilities"] == ""
     assert service["ProtectSystem"] == "strict"
+    assert service["ReadOnlyPaths"].split() == ["/tmp", "/var/tmp"]     # the private ones of PrivateTmp
     assert service["RestrictAddressFamilies"].split() == ["AF_UNIX", "AF_INET", "AF_INET6"]
     assert directives(SERVICE)["SystemCallFilter"] == ["@system-service", "~@privileged"]
     assert int(service["TasksMax"]) > 256           # one task at least for each of the workers allowed

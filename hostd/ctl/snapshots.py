@@ -23,7 +23,8 @@ def _absolute(ctx: click.Context, parameter: click.Parameter, path: Path | None)
 @click.command("snapshot")
 @one_name
 @click.option("--to", type=_FILE, callback=_absolute, metavar="FILE",
-              help="Where to (default: the daemon's state directory).")
+              help="Where to, if the daemon may write there; as a service it may in its state directory only "
+                   "(default: snapshots/ in that).")
 @click.option("--base", type=_FILE, callback=_absolute, metavar="FILE",
               help="An earlier snapshot, to lie beside FILE: what is in it is not written again.")
 @format_option
@@ -49,7 +50,8 @@ def snapshot_command(session: Session, name: str, to: Path | None, base: Path | 
 def restore_command(session: Session, file: Path, name: str | None) -> None:
     """Make a VM of a snapshot, which goes on where it stood; print its name.
 
-    Its memory is read as it is needed, so FILE, and its bases, must stay as they are; they may be removed.
+    Its memory is read as it is needed, so FILE, and its bases, must stay as they are, or be removed: it
+    crashes when it needs a page of a file that was changed.
     """
     request = RestoreRequest(file=str(file), name=name)
     result = session.client.finish(session.client.begin("POST", "/restore", request))
