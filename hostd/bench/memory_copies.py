@@ -22,9 +22,9 @@ from hostd.ctl.demo import Template
 from hostd.ctl.private import private_daemon
 from hostd.model import CloneRequest, ClonesView, RestoreRequest, SnapshotRequest, SnapshotView
 
-#: the guest's memory, and how much of it is random: an eighth, and most of it
+#: MiB of the guest, and how many of them are random: an eighth, and all that Debian leaves of 128
 CASES = tuple((memory << 20, random << 20)
-              for memory, random in ((64, 8), (128, 16), (256, 32), (512, 64), (128, 80)))
+              for memory, random in ((64, 8), (128, 16), (256, 32), (512, 64), (128, 56)))
 _SOURCE = "source"
 
 Say = Callable[[str], None]
