@@ -131,13 +131,14 @@ class PrivateDaemon:
         assert response.is_success, response.text
 
     def clear(self) -> None:
-        """Destroy all VMs.  All frames must be free then."""
+        """Destroy all VMs.  All frames must be free then, or in the workers' stock."""
         for vm in self.get("/vms"):
             operation = self._answer(self.client.delete(f"/vms/{vm['name']}", params={"force": "true"}))
             assert self.get(f"/operations/{operation['id']}", wait=SOON)["status"] == "done"
         frames = self.get("/host")["frames"]
         assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
         assert frames["free"] + frames["granted"] + 1 == frames["total"]
+        assert self.get("/memory", check=1)["wrong"] == []
 
     def worker_pids(self) -> list[int]:
         """The processes of the workers, once all are ready."""

@@ -85,6 +85,7 @@ async def real_host(directory: Path, tables: str = "", on_shutdown: str = "stop"
         told = ToldHost(host)
         await told.ready_workers()
         yield told
+        assert (await host.checked_memory()).wrong == []
         await host.shut_down()
         host.close()
         nursery.cancel_scope.cancel()
