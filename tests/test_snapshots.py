@@ -29,8 +29,13 @@ def clean(daemon: PrivateDaemon) -> Iterator[None]:
     yield
     daemon.clear()
     assert daemon.get("/memory", check="true")["wrong"] == []
+    assert opened(daemon) == []
+
+
+def opened(daemon: PrivateDaemon) -> list[str]:
+    """The snapshots that it has open."""
     targets = [str(link.readlink()) for link in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]
-    assert not [target for target in targets if ".snap" in target]
+    return [target for target in targets if ".snap" in target]
 
 
 @pytest.fixture
@@ -105,6 +110,7 @@ def test_a_guest_is_saved_while_it_counts_and_restored_twice(daemon: PrivateDaem
     after = rounds(daemon.console("vm"))[-1]
     for name in "first", "second":
         restore(daemon, file, name)
+    assert opened(daemon) == [str(file)]
     for name in "first", "second", "vm":
         goes_on(daemon, name, after)
         view = daemon.get(f"/vms/{name}")
