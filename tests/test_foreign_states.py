@@ -206,7 +206,7 @@ def test_a_worker_refuses_what_nobody_thought_of(rig: Rig, monkeypatch: pytest.M
     ours, theirs = socket.socketpair()
     with ours, theirs:
         translator = Translator(rig.pool, rig.cpu.kicker, "auto", 8 << 20)
-        loop = WorkerLoop(theirs, rig.pool, rig.cpu, translator, rig.khz, 1_000_000)
+        loop = WorkerLoop(theirs, rig.pool, rig.cpu, translator, rig.khz, 1_000_000, 64)
         block = rig.block()
         adopt = protocol.Adopt("vm#1", block.first, block.memory_bytes, b"", 0, 0, 100, 0)
         monkeypatch.setattr(worker, "Resident", lambda *_: {}["nothing"])
