@@ -111,7 +111,7 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
             if metrics is None and bind is not None:
                 metrics = sockets.tcp_listener(*bind)
             if metrics is not None:
-                host.metrics_url = sockets.url(metrics) + "/metrics"
+                host.overview.metrics_url = sockets.url(metrics) + "/metrics"
             with trio.open_signal_receiver(*ENDING, signal.SIGHUP) as signals:
                 async with trio.open_nursery() as servers:
                     closing = trio.Event()
@@ -121,9 +121,10 @@ async def _daemon(config: Config, configure: Callable[[], Config]) -> None:
                         module = await load_module("hostd.metrics")
                         await servers.start(serving.serve, module.make_metrics_app(host), metrics, closing)
                     servers.start_soon(_watch, host, notifier)
-                    notifier.ready(host.summary())
+                    notifier.ready(host.overview.summary())
                     servers.start_soon(_tell_status, host, notifier)
-                    log.info("ready", extra={"socket": str(config.socket), "metrics": host.metrics_url})
+                    log.info("ready", extra={"socket": str(config.socket),
+                                             "metrics": host.overview.metrics_url})
                     await _obey(signals, host, configure, notifier)
                     notifier.stopping("stopping guests")
                     await _shut_down(signals, host, notifier)
@@ -153,7 +154,7 @@ async def _obey(signals: AsyncIterator[int], host: Host, configure: Callable[[],
             logs.configure(config.log.level, config.log.format)
             host.reload(config)
             log.info("configuration reloaded")
-        notifier.ready(host.summary())
+        notifier.ready(host.overview.summary())
 
 
 async def _shut_down(signals: AsyncIterator[int], host: Host, notifier: Notifier) -> None:
@@ -172,10 +173,10 @@ async def _shut_down(signals: AsyncIterator[int], host: Host, notifier: Notifier
 
 async def _tell_status(host: Host, notifier: Notifier) -> None:
     """Keep what `systemctl status` shows up to date."""
-    told = host.summary()
+    told = host.overview.summary()
     while True:
         await trio.sleep(STATUS_S)
-        summary = host.summary()
+        summary = host.overview.summary()
         if summary != told:
             notifier.status(summary)
             told = summary

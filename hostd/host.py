@@ -7,9 +7,6 @@ is plainly wrong (no such VM, a state in which it is not possible) is raised at 
 
 from __future__ import annotations
 
-import os
-import time
-from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from hostd import __version__, sockets, storage, waiting
+from hostd import sockets, storage, waiting
 from hostd.admission import Admission
 from hostd.claims import changed, grows
 from hostd.cloning import Cloner
@@ -33,18 +30,14 @@ from hostd.importing import load_module
 from hostd.inventory import Inventory
 from hostd.lifecycle import AT_REST, State, Trigger
 from hostd.memory import MachineMemory
-from hostd.memory_state import HostMemoryState
 from hostd.migration.departures import Departures
 from hostd.model import (
     BlobView,
     CloneRequest,
     ClonesView,
     ExitRow,
-    FrameCounts,
-    HostView,
     ImageSpec,
     ImageView,
-    MemoryView,
     RestoredView,
     RestoreRequest,
     SnapshotRequest,
@@ -53,9 +46,9 @@ from hostd.model import (
     VmCreate,
     VmPatch,
     VmView,
-    WorkerView,
 )
 from hostd.operations import Operation, Operations
+from hostd.overview import Overview
 from hostd.powering import Powering
 from hostd.protocol import MAX_CHUNK
 from hostd.vm import Vm
@@ -87,8 +80,6 @@ class Host:
         self.config = config
         self.events = Events()
         self.operations = Operations(nursery, self.events)
-        #: where the metrics are served, once they are
-        self.metrics_url: str | None = None
         self._inventory = Inventory(config.state_dir)
         images = Images(config.state_dir)
         self._memory = MachineMemory(config.pool_bytes, config.state_dir / "swap",
@@ -101,14 +92,13 @@ class Host:
         self._workers = self._guests.workers = Workers(
             config.worker_count, self._memory.pool.fd, self._memory.pool.size, self._guests.leases, options,
             worker_command)
-        #: what the memory policy says of the host
-        self.memory_state = HostMemoryState()
+        #: the host as a whole, to be looked at
+        self.overview = Overview(self.config_now, self._guests, self._memory, self._workers)
         self._images = ImageKeeper(images, self._guests)
         self._admission = Admission(self.config_now, self._guests, self._memory)
         self._departures = Departures()
         bind = config.migration.bind()
         self._listener = None if bind is None else sockets.tcp_listener(*bind, use="migration")
-        self._started = time.monotonic()
         for definition in self._inventory.load():
             self._guests.add(Vm(definition, self.events))
         storage.make_directory(config.state_dir / "migrations")
@@ -170,7 +160,8 @@ class Host:
     async def _keep_memory(self) -> None:
         """Carry out the memory policy, and share pages."""
         keeping = await load_module("hostd.keeping")
-        await keeping.keep(self.config_now, self._guests, self._memory, self.events, self.memory_state)
+        await keeping.keep(self.config_now, self._guests, self._memory, self.events,
+                           self.overview.memory_state)
 
     def config_now(self) -> Config:
         """The configuration as it is at the moment."""
@@ -185,58 +176,6 @@ class Host:
                     nursery.start_soon(self._guests.try_move, self._guests.vms[name], worker)
 
     # --- looking --------------------------------------------------------------------------------------
-
-    def host_view(self) -> HostView:
-        return HostView(
-            version=__version__, pid=os.getpid(), uptime_s=round(time.monotonic() - self._started, 3),
-            state_dir=str(self.config.state_dir), socket=str(self.config.socket), metrics=self.metrics_url,
-            memory=self._memory.pool.size, frames=self.frames(), workers=self.workers(),
-            vms={state: count for state, count in self.vm_counts().items() if count})
-
-    def vm_counts(self) -> dict[State, int]:
-        """VMs by state."""
-        counts = Counter(vm.state for vm in self._guests.vms.values())
-        return {state: counts[state] for state in State}
-
-    def summary(self) -> str:
-        """The host in a few words."""
-        ready = len(self._workers.ready)
-        return (f"{self.vm_counts()[State.RUNNING]} of {len(self._guests.vms)} guests running, "
-                f"{ready} of {len(self._workers.all)} workers ready")
-
-    def workers(self) -> list[WorkerView]:
-        held = Counter(vm.worker for vm in self._guests.vms.values())
-        return [worker.view(held[worker]) for worker in self._workers.all]
-
-    def frames(self) -> FrameCounts:
-        return self._memory.books.counts()
-
-    def memory(self, vms: Sequence[VmView] | None = None) -> MemoryView:
-        """Machine memory of the whole host; `vms` spares a caller who has the `views` a second look."""
-        references = sum(vm.memory_usage.shared for vm in (self.views() if vms is None else vms))
-        swap = self._memory.books.stores.swap
-        return self.memory_state.view(self.frames(), references, None if swap is None else swap.stats())
-
-    def check_memory(self) -> list[str]:
-        """Every disagreement in the books of machine memory, a sentence each; what workers have not reported
-        yet is one, too."""
-        return self._memory.books.check()
-
-    async def checked_memory(self) -> MemoryView:
-        """The same view with `wrong`: what the books have wrong before and after all workers have told what
-        they had to tell, and workers that have other frames than were lent to them."""
-        wrong = self.check_memory()
-        await self._workers.hear(self._memory.books.given)
-        if wrong:
-            still = set(self.check_memory())
-            wrong = [sentence for sentence in wrong if sentence in still]
-        wrong += self._guests.leases.miscounts()
-        return msgspec.structs.replace(self.memory(), wrong=wrong)
-
-    def latency(self) -> tuple[list[int], float]:
-        """Wake-up latency histogram of all workers: counts per bucket of hostd.scheduler.LATENCY_BOUNDS_NS
-        (not cumulative; one more bucket is for what is longer), and the sum in seconds."""
-        return self._workers.latency()
 
     def views(self) -> list[VmView]:
         return [vm.view() for _, vm in sorted(self._guests.vms.items())]

@@ -232,7 +232,7 @@ class HostCollector(Collector):
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        view = host.host_view()
+        view = host.overview.view()
         self._version = view.version
         # once, since a difference of clocks that is taken anew would wander
         self._started = time.time() - view.uptime_s
@@ -244,9 +244,9 @@ class HostCollector(Collector):
         yield GaugeMetricFamily("hostd_start_time_seconds", "When the daemon started, in Unix time.",
                                 self._started)
         views: list[VmView] = self._host.views()
-        memory: MemoryView = self._host.memory(views)
+        memory: MemoryView = self._host.overview.memory(views)
         yield from _families(MEMORY_METRICS, (), [((), memory)])
-        workers: list[WorkerView] = self._host.workers()
+        workers: list[WorkerView] = self._host.overview.workers()
         yield from _families(WORKER_METRICS, (), [((), workers)])
         yield from _families(TRANSLATOR_METRICS, ("worker",),
                              [((str(worker.index),), worker.translator) for worker in workers])
@@ -257,7 +257,7 @@ class HostCollector(Collector):
         yield from self._migrations()
 
     def _latency(self) -> Metric:
-        counts, seconds = self._host.latency()
+        counts, seconds = self._host.overview.latency()
         return HistogramMetricFamily(
             "hostd_scheduler_wakeup_latency_seconds",
             "Time from the wake-up of a halted guest to its turn on a CPU.",

@@ -43,7 +43,7 @@ async def told(host_config: Config) -> AsyncIterator[ToldHost]:
         yield ToldHost(host)
         host.close()
         nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
+    assert host.overview.check_memory() == []
 
 
 @pytest.fixture

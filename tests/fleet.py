@@ -102,7 +102,12 @@ class Fleet:
 
     # -- what the collector asks
 
-    def host_view(self) -> HostView:
+    @property
+    def overview(self) -> Fleet:
+        """It is its own."""
+        return self
+
+    def view(self) -> HostView:
         return HostView(version="1.2.3", pid=1, uptime_s=3600.0, state_dir="/var/lib/hostd",
                         socket="/run/hostd/hostd.sock", metrics=None, memory=1024 * MIB, frames=self.frames(),
                         workers=self.workers(), vms={})

@@ -42,6 +42,7 @@ from hostd.model import (
     WorkerView,
 )
 from hostd.operations import Operation, Operations
+from hostd.overview import Overview
 from tests.memory_migrations import MemoryMigrations
 
 MAX_BLOB = 64 << 20
@@ -55,31 +56,21 @@ class Guest:
     console: Console = field(default_factory=Console)
 
 
-class MemoryHost(Host):
-    """Everything the API asks of a host, done at once and in memory."""
+class MemoryOverview(Overview):
+    """Of a host with these guests."""
 
-    def __init__(self, nursery: trio.Nursery | None) -> None:
-        self.events = Events()
-        self.operations = Operations(nursery, self.events)  # type: ignore[arg-type]
-        self.guests: dict[str, Guest] = {}
-        self.blobs: set[str] = set()
-        self.images: dict[str, ImageView] = {}
-        self.snapshots: dict[str, Guest] = {}
-        #: guests that stand still for memory
-        self.waiting: set[str] = set()
+    def __init__(self, guests: dict[str, Guest]) -> None:
+        self._vms = guests
         #: what its books of memory have wrong
-        self.wrong: list[str] = []
-        self.migrations = MemoryMigrations(self.get, self._leave)
-        self.migrations.start = self.operations.start
+        self.faults: list[str] = []
 
-    # --- looking ---
-    def host_view(self) -> HostView:
+    def view(self) -> HostView:
         return HostView(
             version="0.1.0", pid=1, uptime_s=1.0, state_dir="/state", socket="/socket", memory=1 << 30,
             metrics="http://127.0.0.1:9/metrics", frames=self.frames(), workers=self.workers(), vms={})
 
     def workers(self) -> list[WorkerView]:
-        return [WorkerView(index=0, pid=2, ready=True, vms=len(self.guests), silicon="none", tsc_khz=1,
+        return [WorkerView(index=0, pid=2, ready=True, vms=len(self._vms), silicon="none", tsc_khz=1,
                            restarts=0)]
 
     def frames(self) -> FrameCounts:
@@ -94,11 +85,29 @@ class MemoryHost(Host):
             state="soft", waiting=2, scan_rate=5000.0, scanned=123456)
 
     def check_memory(self) -> list[str]:
-        return self.wrong
+        return self.faults
 
     async def checked_memory(self) -> MemoryView:
-        return msgspec.structs.replace(self.memory(), wrong=self.wrong)
+        return msgspec.structs.replace(self.memory(), wrong=self.faults)
 
+
+class MemoryHost(Host):
+    """Everything the API asks of a host, done at once and in memory."""
+
+    def __init__(self, nursery: trio.Nursery | None) -> None:
+        self.events = Events()
+        self.operations = Operations(nursery, self.events)  # type: ignore[arg-type]
+        self.guests: dict[str, Guest] = {}
+        self.overview = MemoryOverview(self.guests)
+        self.blobs: set[str] = set()
+        self.images: dict[str, ImageView] = {}
+        self.snapshots: dict[str, Guest] = {}
+        #: guests that stand still for memory
+        self.waiting: set[str] = set()
+        self.migrations = MemoryMigrations(self.get, self._leave)
+        self.migrations.start = self.operations.start
+
+    # --- looking ---
     def views(self) -> list[VmView]:
         return [self.get(name) for name in self.guests]
 

@@ -120,7 +120,7 @@ async def test_memory_is_shown_and_changed() -> None:
         assert (shown["state"], shown["wrong"]) == ("soft", None)
         assert (await api("GET", "/memory?check=0"))["wrong"] is None
         assert (await api("GET", "/memory?check=1"))["wrong"] == []
-        api.host.wrong = ["frame 7 is lost"]
+        api.host.overview.faults = ["frame 7 is lost"]
         assert (await api("GET", "/memory?check=true"))["wrong"] == ["frame 7 is lost"]
         assert "check: " in await api.refused("GET", "/memory?check=perhaps", status=400)
 

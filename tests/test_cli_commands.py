@@ -235,7 +235,8 @@ def test_guests_that_stand_still_for_memory_are_named(ctl: Ctl, served: ServedHo
 def test_books_are_checked_when_asked(ctl: Ctl, served: ServedHost, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the books are right" in ctl("memory", "--check").stdout
     assert json.loads(ctl("memory", "--check", "--format", "json").stdout)["host"]["wrong"] == []
-    monkeypatch.setattr(served.host, "wrong", ["frame 7 is both private and shared", "frame 9 is lost"])
+    faults = ["frame 7 is both private and shared", "frame 9 is lost"]
+    monkeypatch.setattr(served.host.overview, "faults", faults)
     assert "wrong" not in ctl("memory").output
     result = CliRunner().invoke(main, ["--socket", str(served.socket), "memory", "--check"])
     assert result.exit_code == 1

@@ -70,7 +70,7 @@ async def test_a_clone_starts_anew_from_its_template_s_kernel(told: ToldHost) ->
 
 async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:
     await told.running("template")
-    before = told.host.frames()
+    before = told.host.overview.frames()
     real, left = told.host._memory.books.clone, [2]
 
     def clone(block: Any) -> Any:
@@ -84,7 +84,7 @@ async def test_clones_are_made_all_or_none(told: ToldHost, monkeypatch: pytest.M
         await told.clone("template", "a", "b", "c")
     assert [view.name for view in told.host.views()] == ["template"]
     assert told.definitions() == {"template.json"}
-    assert told.host.frames().overhead == before.overhead
+    assert told.host.overview.frames().overhead == before.overhead
     assert told.host.get("template").state == "running"
     monkeypatch.undo()
     await told.clone("template", "a")
@@ -112,7 +112,7 @@ async def test_clones_that_are_called_off_while_they_start_are_not_made(
     assert [(view.name, view.state) for view in told.host.views()] == [("template", "running")]
     assert told.definitions() == {"template.json"}
     await told.host.destroy("template", force=True).outcome()
-    assert told.host.frames().overhead == 1 and told.host.frames().shared == 0
+    assert told.host.overview.frames().overhead == 1 and told.host.overview.frames().shared == 0
 
 
 async def test_clones_that_no_worker_takes_are_paused(told: ToldHost,

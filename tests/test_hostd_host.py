@@ -46,7 +46,7 @@ async def test_a_started_vm_has_memory_and_a_halted_one_has_none(told: ToldHost)
     view = told.host.get("web")
     assert (view.state, view.reason, view.worker) == ("halted", "power cut", None)
     assert view.memory_usage.resident == 0
-    assert told.host.frames().private == 0
+    assert told.host.overview.frames().private == 0
 
 
 async def test_a_guest_keeps_its_state_over_a_pause(told: ToldHost) -> None:
@@ -144,7 +144,7 @@ async def test_memory_of_a_running_guest_is_what_it_may_use_and_of_a_halted_one_
 async def test_machine_memory_adds_up_and_is_right(told: ToldHost) -> None:
     await told.running("web")
     await told.clone("web", "twin")
-    memory = await told.host.checked_memory()
+    memory = await told.host.overview.checked_memory()
     assert memory.pool == 64 << 20 == (
         memory.free + memory.lent + memory.private + memory.shared + memory.overhead)
     assert memory.wrong == []
@@ -156,8 +156,8 @@ async def test_only_what_stays_wrong_is_wrong(told: ToldHost, monkeypatch: pytes
     """What workers had on their tongues while the books were checked is not."""
     await told.ready_workers()
     said = [["frame 1 is odd", "frame 2 is odd"], ["frame 2 is odd", "frame 3 is odd"]]
-    monkeypatch.setattr(told.host, "check_memory", lambda: said.pop(0))
-    assert (await told.host.checked_memory()).wrong == ["frame 2 is odd"]
+    monkeypatch.setattr(told.host.overview, "check_memory", lambda: said.pop(0))
+    assert (await told.host.overview.checked_memory()).wrong == ["frame 2 is odd"]
     assert said == []
     monkeypatch.undo()
 
@@ -231,7 +231,7 @@ async def test_a_start_without_memory_leaves_a_defined_vm(
     monkeypatch.setattr("hostd.memory.ROOM_S", 0.5)
     for name in "a", "b":
         await told.create(name, memory=30 << 20)
-    frames = told.host._memory.books.lend(1, told.host.frames().free - 3)
+    frames = told.host._memory.books.lend(1, told.host.overview.frames().free - 3)
     with pytest.raises(Failed, match="not enough machine memory"):
         await told.host.start("a").outcome()
     view = told.host.get("a")
@@ -253,7 +253,7 @@ async def test_a_start_that_is_given_up_leaves_a_defined_vm(
     told.host.operations.cancel(start.id)
     await start.wait()
     assert start.view().status == "cancelled"
-    assert (told.host.get("web").state, told.host.frames().private) == ("defined", 0)
+    assert (told.host.get("web").state, told.host.overview.frames().private) == ("defined", 0)
 
 
 async def test_stop_calls_off_a_start(told: ToldHost, monkeypatch: pytest.MonkeyPatch) -> None:

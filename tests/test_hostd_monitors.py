@@ -113,6 +113,6 @@ async def test_whoever_asks_a_guest_that_ends_is_told(told: ToldHost) -> None:
 async def test_what_translators_count_arrives(told: ToldHost) -> None:
     await told.ready_workers()
     with trio.fail_after(SOON):
-        while [worker.translator for worker in told.host.workers()] != [
+        while [worker.translator for worker in told.host.overview.workers()] != [
                 TranslatorView(units=5, used_bytes=80)] * 2:
             await trio.sleep(0.05)

@@ -55,7 +55,7 @@ async def hosting(directory: Path, command: tuple[str, ...] = WORKER_COMMAND) ->
         yield told
         await host.shut_down()
         nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
+    assert host.overview.check_memory() == []
 
 
 class Counting:

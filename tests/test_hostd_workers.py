@@ -32,9 +32,9 @@ async def test_a_worker_that_dies_does_not_hold_up_the_check(told: ToldHost,
     pids = await told.ready_workers()
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    monkeypatch.setattr(told.host, "check_memory", lambda: ["frame 1 is odd"])
+    monkeypatch.setattr(told.host.overview, "check_memory", lambda: ["frame 1 is odd"])
     with trio.fail_after(SOON):
-        assert (await told.host.checked_memory()).wrong == ["frame 1 is odd"]
+        assert (await told.host.overview.checked_memory()).wrong == ["frame 1 is odd"]
     monkeypatch.undo()
 
 
@@ -61,8 +61,8 @@ async def test_a_dead_worker_takes_only_its_own_guests_and_is_replaced(told: Tol
     assert {view.state for view in told.host.views() if homes[view.name] == 1} == {"running"}
     replaced = await told.ready_workers()
     assert replaced[0] != pids[0] and replaced[1] == pids[1]
-    assert [worker.restarts for worker in told.host.workers()] == [1, 0]
-    assert told.host.check_memory() == []
+    assert [worker.restarts for worker in told.host.overview.workers()] == [1, 0]
+    assert told.host.overview.check_memory() == []
     await told.host.start("vm0").outcome()
 
 
@@ -121,5 +121,5 @@ async def test_a_guest_moves_with_its_state(told: ToldHost) -> None:
 async def test_wake_up_latencies_are_added_up(told: ToldHost) -> None:
     await told.ready_workers()
     with trio.fail_after(20):
-        while told.host.latency() != ([2, 4] + [0] * (len(LATENCY_BOUNDS_NS) - 1), 6e-6):
+        while told.host.overview.latency() != ([2, 4] + [0] * (len(LATENCY_BOUNDS_NS) - 1), 6e-6):
             await trio.sleep(0.05)

@@ -222,7 +222,7 @@ async def test_a_full_swap_file_changes_nothing_for_a_guest_which_goes_on_when_t
         while vm.reason != STANDS_STILL:
             await vm.activity.wait()
     assert vm.block is not None and vm.block.memory_counts()["shared"] == 0, "nothing is left frozen"
-    assert host.host.check_memory() == []
+    assert host.host.overview.check_memory() == []
     await host.host.destroy("other", force=True).outcome()
     await rounds(host, vm, 4)
     assert vm.reason == "" and resident(vm) <= LIMIT // PAGE

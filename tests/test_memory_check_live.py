@@ -51,7 +51,7 @@ async def test_nothing_is_wrong_on_a_busy_host(host: ToldHost) -> None:
             nursery.start_soon(come_and_go, monitor)
         for _ in range(CHECKS):
             with trio.fail_after(SOON):
-                assert (await host.host.checked_memory()).wrong == []
+                assert (await host.host.overview.checked_memory()).wrong == []
         busy = False
     assert all(host.host.get(f"{monitor}-full").memory_events.swapped_in for monitor in MONITORS)
     assert all(guests.vms[f"{monitor}-full"].state != "crashed" for monitor in MONITORS)
@@ -60,10 +60,10 @@ async def test_nothing_is_wrong_on_a_busy_host(host: ToldHost) -> None:
 async def test_a_frame_that_a_worker_lost_is_missed(host: ToldHost) -> None:
     await host.running("vm", kernel=await host.blob(rounds_kernel(TOUCHED)), memory=MEMORY)
     with trio.fail_after(SOON):
-        assert (await host.host.checked_memory()).wrong == []
+        assert (await host.host.overview.checked_memory()).wrong == []
     worker = host.host._guests.vms["vm"].worker
     assert worker is not None
     lost = host.host._memory.books.lend(worker.index, 1)
-    (wrong,) = (await host.host.checked_memory()).wrong
+    (wrong,) = (await host.host.overview.checked_memory()).wrong
     assert wrong.startswith(f"worker {worker.index} has ")
     host.host._memory.books.given_back(worker.index, lost)

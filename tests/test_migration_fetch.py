@@ -397,7 +397,7 @@ async def test_a_guest_that_ends_before_all_of_it_is_here(host: ToldHost, end: s
         with trio.fail_after(SOON):
             await other.closed.wait()
     await host.ready_workers()
-    frames = host.host.frames()
+    frames = host.host.overview.frames()
     assert (frames.private, frames.shared) == (0, 0)
 
 
@@ -413,7 +413,7 @@ async def test_an_answer_and_the_guest_s_end_at_once(told: ToldHost) -> None:
     reclaimer = Reclaimer(told.host._guests, memory)
     assert await reclaimer.install(vm, 1, np.array([1, 2, 3]), frames) == 0
     await told.becomes("vm", "halted")
-    assert told.host.frames().granted == 0
+    assert told.host.overview.frames().granted == 0
 
 
 async def test_a_suspended_host_leaves_out_who_is_not_whole(host: ToldHost) -> None:

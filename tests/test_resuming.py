@@ -62,7 +62,7 @@ async def nothing_lost(told: ToldHost) -> None:
     """Without guests there is no memory that anybody has."""
     for view in told.host.views():
         await told.host.destroy(view.name, force=True).outcome()
-    counts = told.host.frames()
+    counts = told.host.overview.frames()
     assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
 
 
@@ -130,7 +130,7 @@ async def test_a_set_that_cannot_be_taken_away_is_not_used_and_not_lost(
     async with real_host(tmp_path) as told:
         await told.becomes("vm", "halted")
         assert "Input/output error" in told.host.get("vm").reason and left(state) == ["suspended"]
-        counts = told.host.frames()
+        counts = told.host.overview.frames()
         assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
     monkeypatch.undo()
     async with real_host(tmp_path) as told:

@@ -42,9 +42,9 @@ async def test_a_snapshot_that_is_called_off_leaves_nothing(told: ToldHost,
     await snapshot.wait()
     assert snapshot.status == "cancelled"
     assert list((told.host.config.state_dir / "snapshots").iterdir()) == []
-    assert told.host.get("vm").state == "running" and told.host.frames().shared > 0
+    assert told.host.get("vm").state == "running" and told.host.overview.frames().shared > 0
     await told.host.destroy("vm", force=True).outcome()
-    counts = told.host.frames()
+    counts = told.host.overview.frames()
     assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
 
 
@@ -62,7 +62,7 @@ async def test_a_guest_that_crashes_while_it_is_saved_is_saved(told: ToldHost,
     snapshot.verify()
     snapshot.close()
     assert os.stat(saved.file).st_size == saved.size
-    counts = told.host.frames()
+    counts = told.host.overview.frames()
     assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
     await told.host.start("vm").outcome()
 
@@ -87,7 +87,7 @@ async def test_a_restore_that_is_called_off_leaves_nothing(host: ToldHost,
             await restore.wait()
         assert restore.status == "cancelled", phase
         assert host.host.views() == [] and host.definitions() == set()
-        counts = host.host.frames()
+        counts = host.host.overview.frames()
         assert (counts.private, counts.shared, counts.overhead) == (0, 0, 1)
         assert not [file for file in opened(os.getpid()) if ".snap" in file]
     assert (await host.host.restore(request).outcome()).name == "vm"

@@ -67,9 +67,9 @@ class ToldHost:
     async def ready_workers(self, count: int = 2) -> list[int]:
         """The process ids of the workers, once there are so many."""
         with trio.fail_after(SOON):
-            while sum(worker.ready for worker in self.host.workers()) < count:
+            while sum(worker.ready for worker in self.host.overview.workers()) < count:
                 await trio.sleep(0.01)
-        return [worker.pid for worker in self.host.workers()]
+        return [worker.pid for worker in self.host.overview.workers()]
 
 
 @asynccontextmanager
@@ -85,8 +85,8 @@ async def real_host(directory: Path, tables: str = "", on_shutdown: str = "stop"
         told = ToldHost(host)
         await told.ready_workers()
         yield told
-        assert (await host.checked_memory()).wrong == []
+        assert (await host.overview.checked_memory()).wrong == []
         await host.shut_down()
         host.close()
         nursery.cancel_scope.cancel()
-    assert host.check_memory() == []
+    assert host.overview.check_memory() == []

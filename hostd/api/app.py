@@ -36,7 +36,7 @@ MAX_SENTENCE = 500
 
 def make_app(host: Host) -> ASGIApp:
     """The API of this host, for any ASGI server that runs on trio."""
-    document = msgspec.json.encode(openapi.document(ROUTES, host.host_view().version))
+    document = msgspec.json.encode(openapi.document(ROUTES, host.overview.view().version))
 
     async def send_document(request: HttpRequest) -> Response:
         return Response(document, media_type=JSON)

@@ -39,11 +39,11 @@ async def version(host: Host, call: Call) -> VersionView:
 
 
 async def host_view(host: Host, call: Call) -> HostView:
-    return host.host_view()
+    return host.overview.view()
 
 
 async def show_memory(host: Host, call: Call) -> MemoryView:
-    return await host.checked_memory() if call.query.check else host.memory()
+    return await host.overview.checked_memory() if call.query.check else host.overview.memory()
 
 
 async def list_vms(host: Host, call: Call) -> list[VmView]:
