@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hostd import protocol, worker
 from hostd.errors import Failed
 from hostd.translator import Translator
-from hostd.worker import WorkerLoop
+from hostd.turns import WorkerLoop
 from tests.hw_rig import Machine, Rig
 from tests.test_monitor_kernels import boot
 from tests.told_host import ToldHost, real_host
