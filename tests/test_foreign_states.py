@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostd import protocol, worker
+from hostd import protocol, turns
 from hostd.errors import Failed
 from hostd.translator import Translator
 from hostd.turns import WorkerLoop
@@ -209,7 +209,7 @@ def test_a_worker_refuses_what_nobody_thought_of(rig: Rig, monkeypatch: pytest.M
         loop = WorkerLoop(theirs, rig.pool, rig.cpu, translator, rig.khz, 1_000_000, 64)
         block = rig.block()
         adopt = protocol.Adopt("vm#1", block.first, block.memory_bytes, b"", 0, 0, 100, 0)
-        monkeypatch.setattr(worker, "Resident", lambda *_: {}["nothing"])
+        monkeypatch.setattr(turns, "Resident", lambda *_: {}["nothing"])
         ours.sendall(protocol.encode(adopt) + protocol.encode(protocol.Quit()))
         ours.shutdown(socket.SHUT_WR)
         loop.run()
