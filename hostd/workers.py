@@ -225,10 +225,12 @@ class Workers:
             worker.mark_dead()
             self._past_wakeups = _add(self._past_wakeups, worker.pong.wakeups)
             self._past_wakeup_ns += worker.pong.wakeup_ns
+            if not self._closing:
+                log.error("worker died", extra={"worker": index, "pid": worker.pid, "why": why})
+            # also of one that was told to quit: somebody may have asked it for something since
+            self._listener.on_death(worker, f"worker {index} died: {why}")
             if self._closing:
                 return
-            log.error("worker died", extra={"worker": index, "pid": worker.pid, "why": why})
-            self._listener.on_death(worker, f"worker {index} died: {why}")
             self._slots[index] = Worker(index, worker.restarts + 1)
             await trio.sleep(backoff.delay(trio.current_time() - started))
 

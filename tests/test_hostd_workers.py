@@ -123,3 +123,13 @@ async def test_wake_up_latencies_are_added_up(told: ToldHost) -> None:
     with trio.fail_after(20):
         while told.host.overview.latency() != ([2, 4] + [0] * (len(LATENCY_BOUNDS_NS) - 1), 6e-6):
             await trio.sleep(0.05)
+
+
+async def test_what_a_worker_is_asked_after_it_was_told_to_quit_fails(told: ToldHost) -> None:
+    """Nobody waits for an answer that will not come: a host that goes down would not end."""
+    await told.ready_workers()
+    await told.running("web")
+    told.host._workers.quit()
+    pause = told.host.pause("web")
+    with trio.fail_after(SOON), pytest.raises(Failed, match="VM web was lost"):
+        await pause.outcome()
