@@ -134,7 +134,8 @@ class PrivateDaemon:
         """Destroy all VMs.  All frames must be free then, or in the workers' stock."""
         for vm in self.get("/vms"):
             operation = self._answer(self.client.delete(f"/vms/{vm['name']}", params={"force": "true"}))
-            assert self.get(f"/operations/{operation['id']}", wait=SOON)["status"] == "done"
+            ended = self.get(f"/operations/{operation['id']}", wait=SOON)
+            assert ended["status"] == "done", ended
         frames = self.get("/host")["frames"]
         assert (frames["private"], frames["shared"], frames["overhead"]) == (0, 0, 1)
         assert frames["free"] + frames["granted"] + 1 == frames["total"]

@@ -153,8 +153,7 @@ def test_names_of_images_and_templates(hosts: TwoHosts) -> None:
     hosts.there("clone")
     assert hosts.a.get("/vms/clone")["template"] == "same"
     for daemon in hosts.a, hosts.b:
-        for vm in daemon.names():
-            daemon.client.delete(f"/vms/{vm}", params={"force": "true"})
+        daemon.clear()
         for image in daemon.get("/images"):
             daemon.client.delete(f"/images/{image['name']}")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import struct
 import time
 
@@ -14,7 +15,7 @@ from tests.hw_rig import Refusing, Rig, frame, halted, vector_of
 from vmm.exitcodes import ExitCode
 from vmm.monitor import Stop, StopReason
 from vmm.silicon import layout as at
-from vmm.state import CpuState
+from vmm.state import CpuState, StateError
 from vmm.x86.flags import (
     CR4_DE,
     CR4_PAE,
@@ -306,16 +307,17 @@ def _start(setup: m.Setup) -> tuple[m.MachineState, list[tuple[int, bytes]]]:
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
-    ({"cr0": 0x2000_0011}, "the machine state is not one vmrun accepts"),
-    ({"cr4": 1 << 31}, "the machine state is not one vmrun accepts"),
-    ({"efer": 0x2000}, "the machine state is not one vmrun accepts"),
-    ({"cr3": 1 << 45}, "the machine state is not one vmrun accepts"),
+    ({"cr0": 0x2000_0011}, "CR0.CD is zero and CR0.NW is set"),
+    ({"cr4": 1 << 31}, "a must-be-zero bit of CR4 is set"),
+    ({"efer": 0x2000}, "a must-be-zero bit of EFER is set"),
+    ({"cr3": 1 << 45}, "a must-be-zero bit of CR3 is set"),
 ])
 def test_state_no_processor_can_be_in(rig: Rig, change: dict[str, int], sentence: str) -> None:
     setup = legacy(b"\xf4")
     for name, value in change.items():
         setattr(setup.cpu, name, value)
-    assert rig.machine(*_start(setup)).go() == Stop(StopReason.CRASHED, sentence)
+    with pytest.raises(StateError, match=re.escape(sentence)):
+        rig.machine(*_start(setup))
 
 
 def test_state_of_reset_runs(rig: Rig) -> None:
