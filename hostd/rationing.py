@@ -5,9 +5,9 @@ A guest's worker gives it frames up to its ration (hostd/ration.py) and no more.
 one stands still; some of its pages are swapped out at once, whatever else the host is doing, and it goes on.
 
 Where nothing can be swapped out it stands still until the keeper decides again, and tries again then.  One
-with a balloon driver gets a little room once a decision, to give something back; any other gets none, for
-there would be no end to that.  There is one to a migration, in the middle of which no page is swapped out: a
-guest goes beyond its limit until it is over.
+with a balloon driver gets a little room once a decision, to give something back, up to a leeway above its
+limit; any other gets none, for there would be no end to that.  There is one to a migration, in the middle of
+which no page is swapped out: a guest goes beyond its limit until it is over.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ log = logging.getLogger(__name__)
 
 #: pages by which a guest at its limit is made to fit
 ROOM = 128
+#: pages above its limit that a balloon driver may be given to run in, all in all: one that never gives
+#: anything back comes to a stand with them
+LEEWAY = 4096
 #: seconds after which a guest that is being changed is looked at again: it may be migrating by then
 PATIENCE_S = 1.0
 #: what is said of a guest that cannot be made to
-STANDS_STILL = ("it stands still: it may have no more memory, none of its pages can be swapped out, and it "
-                "has no balloon driver to give some back; a higher limit, or swap, lets it go on")
+STANDS_STILL = ("it stands still: it may have no more memory, none of its pages can be swapped out, and no "
+                "balloon driver gives some back; a higher limit, or swap, lets it go on")
 
 
 class Rationing:
@@ -105,7 +108,9 @@ class Rationing:
 
     def _made(self, vm: Vm, room: int) -> None:
         """So many pages of a guest that was refused a frame were swapped out."""
-        driver = vm.balloon is not None and vm.balloon.driver
+        assert vm.block is not None
+        beyond = vm.block.memory_counts()["resident"] - (vm.definition.limit_bytes >> 12)
+        driver = vm.balloon is not None and vm.balloon.driver and beyond < LEEWAY
         self._say(vm, "" if room or driver else STANDS_STILL)
         if room:
             vm.memory_state.waits = vm in self._refused     # it may have gone on, and used that up

@@ -22,12 +22,12 @@ from hostd.lifecycle import Policy
 from hostd.model import MONITORS, PAGE, VmPatch
 from hostd.protocol import BalloonView, Message, Most, SetRation
 from hostd.ration import Ration
-from hostd.rationing import ROOM, STANDS_STILL, Rationing
+from hostd.rationing import LEEWAY, ROOM, STANDS_STILL, Rationing
 from hostd.saved import Life
 from hostd.swapfile import NotStored, SwapFile
 from hostd.vm import Vm
 from tests.told_host import SOON, ToldHost, real_host
-from vmm.memory.block import new_block
+from vmm.memory.block import VmBlock, new_block
 from vmm.memory.errors import OutOfFrames
 from vmm.memory.frames import FrameAllocator, Magazine
 from vmm.memory.physical import GuestMemory
@@ -283,6 +283,20 @@ async def test_a_driver_gets_room_once_a_decision_and_not_while_its_guest_is_blo
         assert await refused() == []
         rationing.set(vm, Most(1, own=0))
         assert await refused() == []
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_driver_that_gives_nothing_back_comes_to_a_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Refusals(room=0)
+    vm, resident = guest.vm, 0
+    vm.balloon = BalloonView(vm.lease, True, 0, {})
+    monkeypatch.setattr(VmBlock, "memory_counts", lambda block: {"resident": resident})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.rationing.run)
+        while await guest.refused():
+            resident += ROOM
+            guest.rationing.set(vm, Most(1))
+        assert LEEWAY <= resident < LEEWAY + 2 * ROOM and vm.reason == STANDS_STILL
         nursery.cancel_scope.cancel()
 
 
