@@ -90,6 +90,8 @@ def test_when_a_fleet_is_steady() -> None:
     assert until_steady(lambda: looks[0], 0) == (looks[:1], True)
     late = Look(60, 100, 0, 0)
     assert until_steady(lambda: late, 100) == ([late], False)
+    said = [False, True]
+    assert until_steady(lambda: late, 100, lambda: said.pop(0)) == ([late, late], False)
 
 
 def test_clones_and_booted_guests_share() -> None:

@@ -36,6 +36,8 @@ _TABLES = "[memory]\novercommit_ratio = 1000\n"
 _KSM = Path("/sys/kernel/mm/ksm")
 #: pages that KSM looks at each time it wakes, and how long it sleeps then
 _KSM_SETTINGS = {"pages_to_scan": 1000, "sleep_millisecs": 20, "run": 1}
+#: it merges a page that was the same when it came by before, so nothing happens in the first
+_KSM_SCANS = 2
 
 Say = Callable[[str], None]
 
@@ -70,14 +72,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     restless: bool
 
 
-def until_steady(look: Callable[[], Look], most: float) -> tuple[list[Look], bool]:
-    """Look until nothing has changed for a while, or `most` seconds; and whether time was up."""
+def until_steady(look: Callable[[], Look], most: float,
+                 begun: Callable[[], bool] = lambda: True) -> tuple[list[Look], bool]:
+    """Look until it has `begun` and nothing has changed for a while, or `most` seconds; and whether time was
+    up."""
     looks = [look()]
     while True:
         if looks[-1].seconds >= most:
             return looks, True
         recent = [one.private for one in looks if one.seconds >= looks[-1].seconds - _STEADY_S]
-        if looks[-1].seconds >= _STEADY_S and max(recent) <= min(recent) * (1 + NEAR / 2):
+        if begun() and looks[-1].seconds >= _STEADY_S and max(recent) <= min(recent) * (1 + NEAR / 2):
             return looks, False
         time.sleep(_LOOK_S)
         looks.append(look())
@@ -202,8 +206,11 @@ def peer(template: Template, count: int, most: float, say: Say) -> Row:
                                    for name in ("pages_shared", "pages_sharing"))
                 return Look(time.monotonic() - began, proportional_bytes(pids), shared, sharing)
 
+            def begun() -> bool:
+                return int((_KSM / "full_scans").read_text()) - scans >= _KSM_SCANS
+
             threads = [thread] if thread else []
-            before = cpu_seconds(threads)
-            looks, restless = until_steady(look, most)
+            before, scans = cpu_seconds(threads), int((_KSM / "full_scans").read_text())
+            looks, restless = until_steady(look, most, begun)
             cpu = (cpu_seconds(threads) - before) / (time.monotonic() - began)
         return _row("QEMU with KSM (PSS)", count, False, looks, restless, cpu)
