@@ -184,6 +184,8 @@ class Leases:
         """The worker does not have the guest any more."""
         del self._held[vm.lease]
         self._tried.discard(vm.lease)
+        if vm.worker is not None:
+            self._stocked.add(vm.worker)            # it needs less than it may have kept
         vm.worker, vm.lease = None, ""
         vm.memory_state.waits = False
 
@@ -204,13 +206,13 @@ class Leases:
         # first of all, or what its guests leave would be lent to it
         self._hungry.pop(worker, None)
         self._miscounts.pop(worker, None)
-        self._stocked.discard(worker)
         for vm in [vm for vm in self._held.values() if vm.worker is worker]:
             if vm.lease in self._adopting:
                 self._lost(vm, NeverAdopted(why))
             else:
                 self._lost(vm, Failed(f"VM {vm.name} was lost: {why}"))
                 self._ended(vm, Trigger.CRASH, why)
+        self._stocked.discard(worker)
         self._memory.books.reclaim(worker.index)
         self._events.publish("worker", index=worker.index, state="died", reason=why)
 

@@ -263,8 +263,9 @@ def test_a_driver_that_goes_leaves_an_empty_balloon(bench: Bench) -> None:
     tell(bench, INFLATE, [1, 2, 3])
     bench.serve()
     assert bench.pages.emptied == before
-    bench.driver.put(Register.STATUS, 0)
-    assert bench.pages.emptied == before + 1
+    for _ in range(3):
+        bench.driver.put(Register.STATUS, 0)
+    assert bench.pages.emptied == before + 1, "once: it takes a look at all pages"
 
 
 def test_statistics_go_with_their_driver(bench: Bench) -> None:

@@ -72,7 +72,7 @@ class Balloon(MmioDevice):
     #: the number of the reporting queue as the standard counts (5.5.2)
     REPORTING_QUEUE = 4
 
-    __slots__ = ("_now", "_sink", "actual", "asked_ns", "deflated", "holds", "inflated", "pages",
+    __slots__ = ("_emptied", "_now", "_sink", "actual", "asked_ns", "deflated", "holds", "inflated", "pages",
                  "received_ns", "reported", "statistics", "target", "wanted")
 
     SAVED: ClassVar[Kinds] = transport_kinds(QUEUES) | {
@@ -94,6 +94,8 @@ class Balloon(MmioDevice):
         self.actual = 0
         #: pages ever: told as given, as taken back, and reported as free
         self.inflated = self.deflated = self.reported = 0
+        #: `inflated` when the balloon was last known to be empty
+        self._emptied = -1
         #: what the driver said last of its guest's memory, by the names in STATISTICS
         self.statistics: dict[str, int] = {}
         #: guest time at which statistics were asked for and received last; 0: never
@@ -159,7 +161,9 @@ class Balloon(MmioDevice):
         """A driver that comes or goes has given nothing yet, and said nothing: what one had that left without
         taking it back (kexec) is the guest's again."""
         self.actual = 0
-        self._sink.empty()
+        if self._emptied != self.inflated:          # looking at all pages is not to be had for each reset
+            self._sink.empty()
+            self._emptied = self.inflated
         self.wanted = self.holds = False
         self.statistics = {}
 
