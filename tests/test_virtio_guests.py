@@ -66,7 +66,8 @@ def test_debian_with_its_own_modules(machine: Machine) -> None:
     set_target(machine, PAGES)
     assert ballooned(machine) == balloon.counters["inflated"] == PAGES
     assert free(shell)[0] == total              # the guest may take it back before it runs out of memory
-    assert unused - PAGES - 200 < free(shell)[1] < unused - PAGES + 200
+    # the guest itself may need some more meanwhile: its modules are only just loaded
+    assert unused - 2 * PAGES < free(shell)[1] < unused - PAGES + 200
     assert block.memory_counts()["resident"] < resident + 200
 
     # statistics
