@@ -26,6 +26,8 @@ from hostd.model import MemoryEvents
 
 _LOOK_S = 1.0
 _MOST_TOLD = 20
+#: the balancer may be moving a guest to another worker just then
+_ALIVE = (State.RUNNING, State.MIGRATING)
 #: lines of the daemon's log that are told, the last ones
 _LOG_LINES = 40
 #: the configuration allows as much as is asked for: the policy is measured, not admission
@@ -191,7 +193,7 @@ def overcommit(daemon: PrivateDaemon, template: Template, load: Load,
     cpus = meter.share() if not restarts else float("nan")
     vms = client.vms()
     ended = [f"{vm.name}: is {vm.state} after {vm.boots} boots: {vm.reason or 'no reason'}"
-             for vm in vms if vm.state != State.RUNNING or vm.boots != 1 or vm.crashes]
+             for vm in vms if vm.state not in _ALIVE or vm.boots != 1 or vm.crashes]
     failures = [*ended, *fleet.failures()]
     if restarts:
         failures.append(f"{restarts} worker processes died")

@@ -94,7 +94,7 @@ class Window:
 
     def __init__(self, pool: Pool, budget: MappingBudget,
                  evicted: Callable[[list[int]], None] = lambda pages: None) -> None:
-        self._fd = pool.fd
+        self._pool = pool
         self._budget = budget
         self._evicted = evicted
         span = WINDOW_BYTES + 2 * GUARD_BYTES
@@ -114,7 +114,7 @@ class Window:
         self._check(page, count)
         self._budget.make_room()
         memory.map_shared(self.base + (page << PAGE_SHIFT), count << PAGE_SHIFT,
-                          READ | WRITE if writable else READ, self._fd, frame << PAGE_SHIFT)
+                          READ | WRITE if writable else READ, self._pool.fd, frame << PAGE_SHIFT)
         entry = frame << 1 | writable
         if count == 1:
             self._note_one(page, entry)
