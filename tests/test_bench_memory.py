@@ -117,7 +117,7 @@ def test_ksm_leaves_the_kernel_as_it_was() -> None:
 def test_guests_at_work_in_too_little_memory(tmp_path: Path) -> None:
     load = Load(guests=2, pool=160 << 20, seconds=8, files=2, kib=16)
     done = run(debian(tmp_path, "/ # ", quiet), load, quiet)
-    assert done.failures == []
+    assert done.failures == [], done.log
     assert done.assigned_ratio == 1.6
     assert done.full == 2 and done.rounds_least >= 2
     assert sum(done.states.values()) == done.looks
