@@ -225,6 +225,13 @@ def test_it_is_at_full_rate_again_when_much_memory_is_taken(host: SharingHost, m
     assert host.sharing.view().rate == 25, "it has not grown since"
 
 
+async def slowed_down(host: SharingHost) -> None:
+    """Until it looks at pages as slowly as it ever does; under a mock clock."""
+    while host.sharing.view().rate > host.rate * task.SLOWEST:
+        await trio.sleep(1)
+    await trio.sleep(1)
+
+
 async def next_scan(host: SharingHost) -> tuple[int, int]:
     """Pages scanned and passes once there are more, if that needs no waiting: as nobody is idle, a mock clock
     stands still meanwhile."""
@@ -246,9 +253,7 @@ def test_a_shortage_does_not_wait_for_the_next_scan(host: SharingHost) -> None:
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.sharing.run)
-            while host.sharing.view().rate > 4 * PAGES * task.SLOWEST:
-                await trio.sleep(1)
-            await trio.sleep(1)
+            await slowed_down(host)
             done = host.sharing.scanned, host.scanner.passes
             host.sharing.urgent = True
             assert await next_scan(host) != done
@@ -266,9 +271,7 @@ def test_a_shortage_is_no_reason_to_make_up_for_what_was_not_due(host: SharingHo
     async def run() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.sharing.run)
-            while host.sharing.view().rate > 64 * task.SLOWEST:
-                await trio.sleep(1)
-            await trio.sleep(1)
+            await slowed_down(host)
             scanned, passes = host.sharing.scanned, host.scanner.passes
             host.sharing.urgent = True
             assert await next_scan(host) == (scanned + 64 * PERIOD, passes)
